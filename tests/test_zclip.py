@@ -1,0 +1,242 @@
+"""The algorithm against the oracle, on Python floats and on 0-d tensors, and the validation of its arguments."""
+
+import math
+import random
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import ReferenceZClip
+
+from zclip_optim.zclip import NormStats, ZClipConfig, decide
+
+SCALES = [1e-7, 1.0, 1e5]
+OPTIONS = {
+    "defaults": {},
+    "mean": {"clip_option": "mean"},
+    "max": {"clip_option": "max"},
+    "reciprocal": {"clip_option": "reciprocal"},
+    "percentile": {"mode": "percentile"},
+    "percentile 0.99": {"mode": "percentile", "percentile": 0.99},
+    "clip_factor 0.3": {"clip_factor": 0.3},
+    "clip_factor 3": {"clip_factor": 3.0},
+    "cap": {"max_grad_norm": 1.05},
+    "cap and mean": {"max_grad_norm": 1.02, "clip_option": "mean"},
+    "skip_update_on_spike": {"skip_update_on_spike": True},
+    "skip_update_on_spike, paper": {"skip_update_on_spike": True, "patience": None},
+    "warmup 1": {"warmup_steps": 1},
+    "warmup 3": {"warmup_steps": 3},
+    "warmup 100": {"warmup_steps": 100},
+    "patience 1": {"patience": 1},
+    "patience 5, mean": {"patience": 5, "clip_option": "mean"},
+    "paper": {"patience": None},
+    "alpha 0": {"alpha": 0.0},
+    "alpha 0.9, z 1.5": {"alpha": 0.9, "z_thresh": 1.5},
+    "eps 0": {"eps": 0.0},
+    "eps 0.1": {"eps": 0.1},
+}
+
+
+def norm_sequence(kind, seed, steps=300):
+    rng = random.Random(f"{kind}{seed}")
+    norms = [max(0.05, rng.gauss(1.0, 0.05)) for _ in range(steps)]
+    if kind == "single spikes":
+        for i in rng.sample(range(steps), 12):
+            norms[i] *= 10 ** rng.uniform(0.1, 3)
+    elif kind == "bursts":
+        for start in rng.sample(range(30, steps - 40), 3):
+            for i in range(start, start + rng.randrange(2, 40)):
+                norms[i] *= 8
+    elif kind == "level shifts":
+        level = 1.0
+        for i in range(steps):
+            level *= rng.choice([0.2, 1.5, 10.0]) if i % 75 == 74 else 1.0
+            norms[i] *= level
+    elif kind == "zeros and non-finite":
+        for i in rng.sample(range(steps), 30):
+            norms[i] = rng.choice([0.0, math.inf, math.nan])
+    return norms
+
+
+KINDS = ["plain", "single spikes", "bursts", "level shifts", "zeros and non-finite"]
+
+
+def scaled_options(options, scale):
+    return {name: value * scale if name == "max_grad_norm" else value for name, value in options.items()}
+
+
+def assert_close(actual, expected):
+    assert float(actual) == pytest.approx(float(expected), rel=1e-9, abs=0, nan_ok=True)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_follows_the_oracle(options, kind, scale):
+    options = scaled_options(options, scale)
+    reference, config, stats = ReferenceZClip(**options), ZClipConfig(**options), NormStats()
+    spikes = 0
+    for norm in norm_sequence(kind, seed=1):
+        expected = reference.step(norm * scale)
+        decision = decide(norm * scale, stats, config)
+        stats = decision.stats
+        assert decision.is_spike == reference.spike
+        assert_close(decision.clipped_norm, expected)
+        assert_close(decision.clip_coef, expected / (norm * scale) if 0 < norm < math.inf else 1.0)
+        assert_close(stats.mean, reference.mean)
+        assert_close(stats.var, reference.var)
+        assert stats.streak == reference.streak
+        assert stats.clipped_steps == reference.clipped_steps
+        spikes += decision.is_spike
+    if kind in ("single spikes", "bursts") and options.get("warmup_steps", 25) == 25:
+        assert spikes > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_tensors_decide_as_floats_do(options, kind):
+    config, on_floats = ZClipConfig(**options), NormStats()
+    on_tensors = NormStats(
+        *(torch.tensor(x, dtype=torch.float64 if i < 2 else torch.int64) for i, x in enumerate(NormStats()))
+    )
+    for norm in norm_sequence(kind, seed=2, steps=150):
+        floats = decide(norm, on_floats, config)
+        tensors = decide(torch.tensor(norm, dtype=torch.float64), on_tensors, config)
+        on_floats, on_tensors = floats.stats, tensors.stats
+        for ours, theirs in zip((*tensors[:-1], *on_tensors), (*floats[:-1], *on_floats), strict=True):
+            assert isinstance(ours, torch.Tensor)
+            assert ours.shape == ()
+            assert_close(ours, theirs)
+
+
+def run(norms, stats=None, **options):
+    config, stats, decisions = ZClipConfig(**options), stats or NormStats(), []
+    for norm in norms:
+        decisions.append(decide(norm, stats, config))
+        stats = decisions[-1].stats
+    return decisions
+
+
+finite_norms = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=80)
+some_options = st.fixed_dictionaries(
+    {
+        "clip_option": st.sampled_from(["adaptive_scaling", "mean", "max"]),
+        "mode": st.sampled_from(["zscore", "percentile"]),
+        "z_thresh": st.floats(0.5, 5),
+        "alpha": st.floats(0, 0.999),
+        "clip_factor": st.floats(0.1, 10),
+        "warmup_steps": st.integers(1, 10),
+        "skip_update_on_spike": st.booleans(),
+        "patience": st.none() | st.integers(1, 5),
+    }
+)
+
+
+@given(finite_norms, some_options, st.none() | st.floats(1e-3, 1e3))
+def test_nothing_is_scaled_up_or_left_above_threshold_and_cap(norms, options, cap):
+    for norm, decision in zip(norms, run(norms, max_grad_norm=cap, **options), strict=True):
+        assert 0 < decision.clip_coef <= 1
+        clipped = decision.clip_coef * norm
+        assert clipped <= min(decision.threshold, math.inf if cap is None else cap) * (1 + 1e-12)
+        assert clipped == pytest.approx(decision.clipped_norm)
+        if not decision.is_spike and (cap is None or norm <= cap):
+            assert decision.clip_coef == 1
+
+
+@given(finite_norms, some_options, st.integers(-60, 60))
+def test_scale_free(norms, options, exponent):
+    c = 2.0**exponent  # a power of two: every rounding is the same, so no decision can flip
+    for one, scaled in zip(run(norms, **options), run([c * norm for norm in norms], **options), strict=True):
+        assert scaled.is_spike == one.is_spike
+        assert scaled.threshold == pytest.approx(c * one.threshold)
+        assert scaled.clipped_norm == pytest.approx(c * one.clipped_norm)
+        assert scaled.z_score == pytest.approx(one.z_score, nan_ok=True)
+
+
+@given(finite_norms, some_options, st.floats(1e-3, 1e3))
+def test_scaling_all_norms_scales_every_threshold(norms, options, c):
+    margin = [abs(decision.z_score - options["z_thresh"]) for decision in run(norms, **options)]
+    if min((m for m in margin if not math.isnan(m)), default=1.0) < 1e-6:
+        return  # so close to the threshold that rounding may decide
+    for one, scaled in zip(run(norms, **options), run([c * norm for norm in norms], **options), strict=True):
+        assert scaled.is_spike == one.is_spike
+        assert scaled.threshold == pytest.approx(c * one.threshold, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("before", [0, 10, 30])
+def test_zero_and_nonfinite_norms_leave_the_statistics_alone(bad, before):
+    stats = run([1.0, 1.1] * (before // 2), max_grad_norm=0.5)[-1].stats if before else NormStats()
+    decision = decide(bad, stats, ZClipConfig(max_grad_norm=0.5))
+    assert decision.stats == stats
+    assert decision.clip_coef == 1
+    assert not decision.is_spike
+
+
+def shifted(sigmas, seed, steps=5000, before=200):
+    rng = random.Random(seed)
+    return [rng.gauss(1.0, 0.05) + (0.05 * sigmas if i >= before else 0.0) for i in range(steps)]
+
+
+@pytest.mark.parametrize("sigmas", [10, 100, 1000])
+def test_a_new_regime_is_accepted_by_patience_and_never_by_the_paper(sigmas):
+    for seed in range(5):
+        ours = [d.is_spike for d in run(shifted(sigmas, seed))]
+        paper = [d.is_spike for d in run(shifted(sigmas, seed), patience=None)]
+        assert sum(ours[350:]) < 0.05 * len(ours[350:])
+        assert all(paper[201:])
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-3])
+def test_a_new_regime_is_accepted_after_a_warm_up_without_any_spread(eps):
+    decisions = run([1.0] * 25 + [5.0, 5.1] * 300, eps=eps)
+    assert decisions[25].is_spike
+    assert not decisions[-1].is_spike
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_option": "mean"}, {"skip_update_on_spike": True}])
+def test_bursts_within_patience_change_nothing(options):
+    norms = [1.0, 1.1] * 20 + [50.0] * 25 + [1.0, 1.1] * 20
+    ours, paper = run(norms, **options), run(norms, patience=None, **options)
+    assert ours == paper
+    assert [d.is_spike for d in ours] == [40 <= i < 65 for i in range(len(norms))]
+
+
+BAD = {
+    "alpha": ([-0.1, 1, 1.5, math.nan, "0.9", None, True], "0 <= alpha < 1"),
+    "z_thresh": ([0, -1, math.inf, math.nan, "2", None, False], "finite number > 0"),
+    "mode": (["z", None, 3], "one of 'zscore', 'percentile'"),
+    "clip_option": (["min", None, 1], "one of 'adaptive_scaling', 'reciprocal', 'mean', 'max'"),
+    "percentile": ([0.5, 1, 0.2, 99, math.nan, "0.9"], "0.5 < percentile < 1"),
+    "clip_factor": ([0, -1, math.inf, None, "1"], "finite number > 0"),
+    "max_grad_norm": ([0, -1.0, math.inf, math.nan, "1", True], "finite number > 0 or None"),
+    "warmup_steps": ([0, -1, 2.5, 25.0, "25", None, True], "integer >= 1"),
+    "eps": ([-1e-9, math.inf, math.nan, None, "0"], "finite number >= 0"),
+    "skip_update_on_spike": ([0, 1, None, "yes"], "True or False"),
+    "patience": ([0, -1, 1.5, "5", True], "integer >= 1 or None"),
+    "nonfinite": (["ignore", None, 0], "one of 'skip', 'raise', 'pass'"),
+    "max_consecutive_nonfinite": ([0, -3, 2.0, "5", False], "integer >= 1 or None"),
+    "scope": (["layer", None, 1], "one of 'global', 'group'"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, (values, _) in BAD.items() for value in values])
+def test_bad_arguments_are_refused_by_name_value_and_range(name, value):
+    with pytest.raises(ValueError, match="must be") as error:
+        ZClipConfig(**{"mode": "percentile", name: value} if name == "percentile" else {name: value})
+    assert str(error.value).startswith(f"{name} must be ")
+    assert BAD[name][1] in str(error.value)
+    assert str(error.value).endswith(f"got {value!r}")
+
+
+def test_percentile_needs_its_mode():
+    with pytest.raises(ValueError, match=r'percentile must be None unless mode="percentile", got 0\.99'):
+        ZClipConfig(percentile=0.99)
+
+
+def test_numbers_of_other_libraries_are_taken():
+    config = ZClipConfig(alpha=numpy.float32(0.5), warmup_steps=numpy.int64(7))
+    assert (config.alpha, config.warmup_steps) == (0.5, 7)
+    assert type(config.warmup_steps) is int
