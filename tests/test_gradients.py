@@ -1,0 +1,117 @@
+"""The norm against float64 on every kind of gradient; scaling; the names of non-finite gradients."""
+
+import math
+
+import pytest
+import torch
+
+from zclip_optim.gradients import CHUNK, SMALL, collect_gradients, describe_nonfinite, gradient_norm, scale_gradients_
+
+
+def exact_norm(gradients):
+    elements = [g.to_dense().to(torch.complex128).abs().square() for g in gradients]
+    return math.sqrt(math.fsum(e.sum().item() for e in elements))
+
+
+def sparse_gradient():
+    indices = torch.tensor([[0, 2, 0, 3]])  # row 0 twice: the gradient there is the sum
+    return torch.sparse_coo_tensor(indices, torch.randn(4, 8), (5, 8), check_invariants=True)
+
+
+GRADIENTS = {
+    "small": lambda: [torch.randn(4, 5), torch.randn(7)],
+    "a scalar": lambda: [torch.randn(())],
+    "empty beside full": lambda: [torch.randn(0, 3), torch.randn(3)],
+    "large": lambda: [torch.randn(3, CHUNK // 2 + 1)],
+    "large and small": lambda: [torch.randn(2 * CHUNK + 5), torch.randn(3), torch.randn(CHUNK)],
+    "all equal": lambda: [torch.full((CHUNK + 10,), 1.2345), torch.full((SMALL,), 0.777)],
+    "float64": lambda: [torch.randn(CHUNK + 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)],
+    "bfloat16": lambda: [torch.randn(2 * CHUNK).bfloat16(), torch.randn(9).bfloat16()],
+    "float16 whose norm overflows float16": lambda: [torch.full((CHUNK,), 1000.0).half(), torch.full((4,), 6e4).half()],
+    "mixed dtypes": lambda: [torch.randn(9), torch.randn(9).bfloat16(), torch.randn(9).half(), torch.randn(9).double()],
+    "complex": lambda: [torch.randn(6, 7, dtype=torch.complex64), torch.randn(3)],
+    "conjugated": lambda: [torch.randn(6, 7, dtype=torch.complex64).conj()],
+    "large complex": lambda: [torch.randn(CHUNK, dtype=torch.complex64)],
+    "sparse, not coalesced": lambda: [sparse_gradient(), torch.randn(4)],
+    "transposed": lambda: [torch.randn(700, 600).t(), torch.randn(6, 7).t()],
+    "channels last": lambda: [torch.randn(8, 64, 32, 32).to(memory_format=torch.channels_last)],
+    "sliced": lambda: [torch.randn(700, 1200)[:, ::2]],
+    "expanded": lambda: [torch.randn(1, 5).expand(4, 5), torch.randn(1).expand(CHUNK)],
+    "squares overflow": lambda: [torch.randn(50) * 1e30, torch.randn(CHUNK) * 1e30],
+    "squares vanish": lambda: [torch.randn(50) * 1e-30, torch.randn(CHUNK) * 1e-30],
+    "squares overflow beside small ones": lambda: [torch.randn(50) * 1e30, torch.randn(50) * 1e-30],
+    "squares partly vanish": lambda: [torch.randn(CHUNK) * 1e-19, torch.randn(100) * 1e-21],
+    "float64 squares overflow": lambda: [torch.randn(50, dtype=torch.float64) * 1e200],
+    "bfloat16 squares vanish": lambda: [(torch.randn(50) * 1e-30).bfloat16()],
+    "largest float32": lambda: [torch.full((3,), torch.finfo(torch.float32).max)],
+    "smallest float32": lambda: [torch.full((3,), 1.4e-45)],
+}
+
+
+@pytest.mark.parametrize("make", GRADIENTS.values(), ids=GRADIENTS.keys())
+def test_norm_is_that_of_float64(make):
+    torch.manual_seed(0)
+    gradients = make()
+    if any(g.abs().max() > 1e150 for g in gradients if g.dtype == torch.float64):
+        expected = 1e200 * exact_norm([g / 1e200 for g in gradients])
+    else:
+        expected = exact_norm(gradients)
+    assert gradient_norm(gradients) == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+def test_norm_of_nothing_and_of_zeros():
+    assert gradient_norm([]) == 0
+    assert gradient_norm([torch.zeros(3), torch.zeros(CHUNK), torch.zeros(0)]) == 0
+
+
+@pytest.mark.parametrize("size", [5, CHUNK + 1])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norm_is_not_finite_if_an_element_is_not(size, bad, dtype):
+    gradient = torch.randn(size).to(dtype)
+    gradient[size // 2] = bad
+    assert not math.isfinite(gradient_norm([torch.randn(4), gradient]))
+
+
+def test_scaling_multiplies_every_kind_in_place():
+    kinds = [torch.randn(3), torch.randn(3).bfloat16(), torch.randn(3).half(), torch.randn(3, dtype=torch.complex64)]
+    gradients = [*kinds, torch.randn(4, 6).t(), torch.zeros(0), sparse_gradient()]
+    before = [g.to_dense().clone() for g in gradients]
+    scale_gradients_(gradients, 0.25)  # exact in every dtype
+    for gradient, old in zip(gradients, before, strict=True):
+        assert torch.equal(gradient.to_dense(), old * 0.25)
+
+
+def test_a_coefficient_of_one_touches_nothing():
+    gradient = torch.tensor([math.nan, math.inf, 1.0])
+    version = gradient._version
+    scale_gradients_([gradient], 1.0)
+    assert gradient._version == version
+
+
+def test_gradients_are_collected_once_and_only_where_they_exist():
+    tied, without = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    tied.grad = torch.ones(2)
+    assert collect_gradients([tied, without, tied]) == [tied.grad]
+    assert collect_gradients([without]) == []
+
+
+def parameter(shape, bad=None):
+    p = torch.nn.Parameter(torch.zeros(shape))
+    p.grad = torch.zeros(shape)
+    if bad is not None:
+        p.grad.view(-1)[0] = bad
+    return p
+
+
+def test_nonfinite_parameters_are_described_by_position_or_by_name():
+    params = [parameter((2, 3)), parameter((4,), math.nan), parameter((5, 1), -math.inf)]
+    expected = "param_groups[0]['params'][1] (4,), param_groups[0]['params'][2] (5, 1)"
+    assert describe_nonfinite([{"params": params}]) == expected
+    named = [{"params": params, "param_names": ["a", "b", "c"]}]
+    assert describe_nonfinite(named) == "b (4,), c (5, 1)"
+
+
+def test_only_the_first_ten_are_described():
+    text = describe_nonfinite([{"params": [parameter((1,), math.nan) for _ in range(13)]}])
+    assert text.endswith("param_groups[0]['params'][9] (1,) and 3 more")
