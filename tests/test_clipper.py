@@ -1,0 +1,251 @@
+"""ZClip, the engine: measuring, applying, metrics, scopes, non-finite norms, state."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import ReferenceZClip
+from torch import nn
+from training import backward, make_model, set_gradients
+
+from zclip_optim import NonFiniteGradientError, ZClip
+
+
+def feed(clipper, norms, params=None):
+    """One step per norm; returns the metrics of each."""
+    params = params or [nn.Parameter(torch.zeros(50))]
+    history = []
+    for norm in norms:
+        set_gradients(params, norm)
+        clipper.step(params)
+        history.append(clipper.metrics)
+    return history
+
+
+NORMS = [1.0, 1.1, 0.9, 1.05, 1.0, 0.95, 30.0, 1.0, 1.1, 2.0]
+
+
+def test_follows_the_oracle_through_real_gradients():
+    reference = ReferenceZClip(warmup_steps=5)
+    for norm, metrics in zip(NORMS, feed(ZClip(warmup_steps=5), NORMS), strict=True):
+        assert metrics.clipped_norm == pytest.approx(reference.step(norm), rel=1e-5)
+        assert metrics.mean == pytest.approx(reference.mean, rel=1e-5)
+        assert metrics.std == pytest.approx(math.sqrt(reference.var), rel=1e-4, abs=1e-6)
+        assert metrics.clipped == reference.spike
+
+
+def test_gradients_are_scaled_to_the_clipped_norm():
+    params = [nn.Parameter(torch.zeros(30)), nn.Parameter(torch.zeros(4, 5))]
+    clipper = ZClip(warmup_steps=5)
+    feed(clipper, NORMS[:6], params)
+    set_gradients(params, 30.0)
+    before = [p.grad.clone() for p in params]
+    assert clipper.step(params) == pytest.approx(30.0)
+    metrics = clipper.metrics
+    assert metrics.clipped
+    assert torch.sqrt(sum(p.grad.square().sum() for p in params)) == pytest.approx(metrics.clipped_norm)
+    for p, old in zip(params, before, strict=True):
+        assert torch.equal(p.grad, old * metrics.clip_coef)
+
+
+def test_a_step_that_is_not_clipped_leaves_every_gradient_bit_identical():
+    params = [nn.Parameter(torch.zeros(50))]
+    clipper = ZClip(warmup_steps=5)
+    feed(clipper, NORMS[:6], params)
+    set_gradients(params, 1.02)
+    before = params[0].grad.clone()
+    clipper.step(params)
+    assert torch.equal(params[0].grad, before)
+    assert clipper.metrics.clip_coef == 1
+
+
+def test_the_cap_acts_during_warm_up_and_shows_in_the_coefficient_alone():
+    (metrics,) = feed(ZClip(max_grad_norm=0.5), [2.0])
+    assert metrics.clipped_norm == 0.5
+    assert metrics.clip_coef == pytest.approx(0.25)
+    assert not metrics.clipped
+    assert metrics.mean == pytest.approx(2.0)
+
+
+def test_accepts_a_module_parameters_or_groups():
+    torch.manual_seed(0)
+    model = make_model()
+    backward(model, 0)
+    norms = [
+        ZClip().step(what)
+        for what in (model, model.parameters(), list(model.parameters()), [{"params": list(model.parameters())}])
+    ]
+    assert len(set(norms)) == 1
+    assert ZClip().step(model[0].weight) < norms[0]
+    assert ZClip().step(nn.Identity()) == 0
+
+
+def test_metrics_before_the_first_step():
+    metrics = ZClip().metrics
+    assert math.isnan(metrics.grad_norm)
+    assert metrics.clip_coef == 1
+    assert metrics.step == metrics.clipped_steps == metrics.skipped_steps == 0
+    assert not metrics.clipped
+    assert not metrics.skipped
+
+
+def test_metrics_count_spikes_and_their_share_of_the_steps_after_warm_up():
+    history = feed(ZClip(warmup_steps=4), [1.0, 1.1, 0.9, 1.0, 50.0, 50.0, 1.0, 1.0])
+    assert [m.clipped for m in history] == [False] * 4 + [True, True, False, False]
+    assert [m.consecutive_clipped for m in history] == [0, 0, 0, 0, 1, 2, 0, 0]
+    assert history[-1].step == 8
+    assert history[-1].clipped_steps == 2
+    assert history[-1].clip_rate == pytest.approx(2 / 4)
+    assert all(math.isinf(m.threshold) for m in history[:4])
+    assert all(m.threshold < 2 for m in history[4:])
+
+
+def test_zero_gradients_leave_the_statistics_alone():
+    clipper = ZClip(warmup_steps=3)
+    before = feed(clipper, [1.0, 1.2])[-1]
+    after = feed(clipper, [0.0])[-1]
+    assert (after.mean, after.std, after.step) == (before.mean, before.std, before.step)
+    assert after.grad_norm == 0
+    assert not after.skipped
+    assert ZClip().step([nn.Parameter(torch.ones(3))]) == 0  # no gradient at all
+
+
+class TestNonFinite:
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_skip_leaves_gradients_and_statistics_alone(self, bad):
+        clipper, p = ZClip(warmup_steps=3), nn.Parameter(torch.zeros(4))
+        before = feed(clipper, [1.0, 1.1, 1.2, 1.0], [p])[-1]
+        p.grad = torch.tensor([1.0, bad, 2.0, 3.0])
+        assert not math.isfinite(clipper.step([p]))
+        assert torch.equal(p.grad.nan_to_num(7.0), torch.tensor([1.0, bad, 2.0, 3.0]).nan_to_num(7.0))
+        after = clipper.metrics
+        assert clipper.step_was_skipped
+        assert after.skipped
+        assert (after.mean, after.std, after.step) == (before.mean, before.std, before.step)
+        assert after.skipped_steps == 1
+        feed(clipper, [1.0], [p])
+        assert not clipper.step_was_skipped
+
+    def test_raise_names_the_parameters(self):
+        model = make_model()
+        backward(model, 0)
+        model[2].bias.grad.fill_(math.inf)
+        with pytest.raises(NonFiniteGradientError, match=r"gradient norm is inf .* 2\.bias \(1,\)$"):
+            ZClip(nonfinite="raise").step(model)
+
+    def test_pass_leaves_the_step_unscaled_and_the_statistics_alone(self):
+        clipper, p = ZClip(nonfinite="pass", max_grad_norm=0.1), nn.Parameter(torch.zeros(2))
+        p.grad = torch.tensor([math.inf, 1.0])
+        for _ in range(30):
+            clipper.step([p])
+        assert p.grad.tolist() == [math.inf, 1.0]
+        assert not clipper.step_was_skipped
+        assert clipper.metrics.step == 0
+
+    def test_too_many_in_a_row_raise(self):
+        clipper, p = ZClip(max_consecutive_nonfinite=3), nn.Parameter(torch.zeros(2))
+        feed(clipper, [math.nan, math.nan, 1.0, math.nan, math.nan], [p])
+        set_gradients([p], math.nan)
+        with pytest.raises(NonFiniteGradientError, match="3 in a row"):
+            clipper.step([p])
+        assert clipper.metrics.skipped_steps == 5
+
+    def test_never_raises_when_told_so(self):
+        clipper = ZClip(max_consecutive_nonfinite=None)
+        assert feed(clipper, [math.nan] * 60)[-1].skipped_steps == 60
+
+
+class TestGroupScope:
+    def make(self):
+        groups = [{"params": [nn.Parameter(torch.zeros(20))]}, {"params": [nn.Parameter(torch.zeros(20))]}]
+        return ZClip(scope="group", warmup_steps=4), groups
+
+    def step(self, clipper, groups, *norms):
+        for group, norm in zip(groups, norms, strict=True):
+            set_gradients(group["params"], norm)
+        clipper.step(groups)
+
+    def test_only_the_group_with_the_spike_is_clipped(self):
+        clipper, groups = self.make()
+        for i in range(6):
+            self.step(clipper, groups, 1.0 + 0.1 * (i % 2), 100.0 + 10 * (i % 2))
+        self.step(clipper, groups, 5.0, 105.0)
+        first, second = clipper.group_metrics
+        assert first.clipped
+        assert not second.clipped
+        assert first.clipped_norm < 2
+        assert second.clip_coef == 1
+        assert first.mean < 2 < second.mean
+        whole = clipper.metrics
+        assert whole.clipped
+        assert whole.grad_norm == pytest.approx(math.hypot(5, 105))
+        assert whole.clipped_norm == pytest.approx(math.hypot(first.clipped_norm, 105))
+        assert whole.clip_coef == first.clip_coef
+        assert whole.z_score == first.z_score
+        assert math.isnan(whole.threshold)
+
+    def test_a_nonfinite_group_skips_the_step_for_all(self):
+        clipper, groups = self.make()
+        self.step(clipper, groups, 1.0, 2.0)
+        before = clipper.state_dict()["groups"]
+        self.step(clipper, groups, 3.0, math.nan)
+        assert clipper.step_was_skipped
+        for old, new in zip(before, clipper.state_dict()["groups"], strict=True):
+            assert (old["zclip_mean"], old["zclip_step"]) == (new["zclip_mean"], new["zclip_step"])
+
+    def test_a_group_without_gradients_is_left_out(self):
+        clipper, groups = self.make()
+        self.step(clipper, groups, 1.0, 1.0)
+        groups[1]["params"][0].grad = None
+        clipper.step(groups)
+        assert [m.step for m in clipper.group_metrics] == [2, 1]
+
+
+class TestState:
+    @given(st.integers(0, 60), st.sampled_from([{}, {"clip_option": "mean"}, {"patience": 2}, {"scope": "group"}]))
+    def test_resume_at_any_step_equals_the_uninterrupted_run(self, cut, options):
+        norms = ([1.0, 1.1, 0.9, 1.2] * 3 + [40.0, 41.0, 42.0, math.nan, 0.0, 1.3, 1.0, 1.1]) * 3
+        torch.manual_seed(0)
+        whole = ZClip(warmup_steps=10, **options)
+        reference = feed(whole, norms)
+        torch.manual_seed(0)
+        first, second = ZClip(warmup_steps=10, **options), ZClip(warmup_steps=10, **options)
+        history = feed(first, norms[:cut])
+        second.load_state_dict(first.state_dict())
+        history += feed(second, norms[cut:])
+        assert list(map(repr, history)) == list(map(repr, reference))  # repr: bit for bit, and NaN equals NaN
+        assert second.state_dict() == whole.state_dict()
+
+    def test_metrics_after_loading_show_what_was_restored(self):
+        clipper = ZClip(warmup_steps=3)
+        last = feed(clipper, [1.0, 1.1, 1.0, 9.0, math.nan])[-1]
+        other = ZClip(warmup_steps=3)
+        other.load_state_dict(clipper.state_dict())
+        metrics = other.metrics
+        names = ("mean", "std", "step", "clipped_steps", "skipped_steps", "clip_rate", "consecutive_clipped")
+        assert [getattr(metrics, name) for name in names] == [getattr(last, name) for name in names]
+
+    def test_hyperparameters_are_not_restored(self):
+        clipper, stricter = ZClip(), ZClip(z_thresh=1.0)
+        stricter.load_state_dict(clipper.state_dict())
+        assert stricter.config.z_thresh == 1.0
+
+    @pytest.mark.parametrize("state", [{}, {"groups": []}, {"groups": [{}]}])
+    def test_what_is_not_a_state_is_refused(self, state):
+        with pytest.raises(ValueError, match=r"what ZClip\.state_dict"):
+            ZClip().load_state_dict(state)
+
+
+def test_arguments_are_validated():
+    with pytest.raises(ValueError, match="z_thresh must be a finite number > 0, got -1"):
+        ZClip(z_thresh=-1)
+    with pytest.raises(TypeError, match="zthresh"):
+        ZClip(zthresh=2)
+    with pytest.raises(ValueError, match="process_group must be"):
+        ZClip(process_group="world")
+
+
+def test_repr_shows_the_hyperparameters():
+    assert repr(ZClip(z_thresh=3)).startswith("ZClip(alpha=0.97, z_thresh=3.0, mode='zscore'")

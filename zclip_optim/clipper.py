@@ -1,0 +1,215 @@
+"""ZClip: holds the statistics; measures, decides and applies; state in and out."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zclip_optim.distributed import ProcessGroups, as_groups, global_norms, refuse_unknown_shards
+from zclip_optim.gradients import collect_gradients, describe_nonfinite, gradient_norm, scale_gradients_
+from zclip_optim.metrics import ClipMetrics, combine
+from zclip_optim.state import Counters, SavedState, from_flat, to_flat
+from zclip_optim.zclip import Decision, NormStats, ZClipConfig, decide
+
+ParamGroups = Sequence[dict[str, Any]]
+
+
+class NonFiniteGradientError(FloatingPointError):
+    """The gradient norm was NaN or infinite, and `nonfinite` or `max_consecutive_nonfinite` says to stop."""
+
+
+class ZClipWarning(UserWarning):
+    """Something about the gradients makes adaptive clipping less useful than it could be."""
+
+
+class ZClip:
+    """Adaptive gradient clipping without the optimizer wrapper, for training loops that keep their optimizer.
+
+    Args:
+        **options: the keyword arguments of `ZClipOptimizer`, with the same meaning, defaults and errors.
+
+    Attributes:
+        config: the validated hyperparameters.
+        metrics: `ClipMetrics` of the last step.
+        step_was_skipped: whether the last norm was NaN or infinite, so that the optimizer must not step.
+
+    Example:
+        >>> model, clipper = nn.Linear(2, 1), ZClip(warmup_steps=2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> for scale in (1.0, 1.1, 100.0):
+        ...     optimizer.zero_grad()
+        ...     (scale * model(torch.ones(1, 2)).sum()).backward()
+        ...     norm = clipper.step(model)
+        ...     if not clipper.step_was_skipped:
+        ...         optimizer.step()
+        >>> clipper.metrics.clipped, round(norm), round(clipper.metrics.clipped_norm, 2)
+        (True, 173, 1.82)
+
+    References:
+        Kumar, Owen, Roy Chowdhury, Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", arXiv:2504.02507.
+    """
+
+    _stats: list[NormStats]
+    _stats_before: list[NormStats]
+    _counters: Counters
+    _last: "_Step"
+
+    def __init__(self, *, process_group: ProcessGroups = None, **options: Any) -> None:
+        self.config = ZClipConfig(**options)
+        self.process_group = process_group
+        self._groups = as_groups(process_group)
+        self.restore(None)
+
+    def __repr__(self) -> str:
+        return repr(self.config).replace("ZClipConfig", "ZClip", 1)
+
+    def step(self, model_or_parameters: nn.Module | Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]) -> float:
+        """Clip the gradients in place.
+
+        Args:
+            model_or_parameters: a module, parameters, or param groups (for ``scope="group"``).
+
+        Returns:
+            The gradient norm before clipping.
+
+        Raises:
+            NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
+        """
+        self.clip_(_as_param_groups(model_or_parameters))
+        return math.hypot(*self._last.norms)
+
+    @torch.no_grad()
+    def clip_(self, param_groups: ParamGroups, *, new_step: bool = True) -> bool:
+        """Clip the gradients of param groups in place; returns whether the optimizer may step.
+
+        Args:
+            param_groups: as in an optimizer.
+            new_step: False for a further evaluation within the same step (a closure called again): it is clipped by the
+                statistics that this step began with and changes neither them nor the metrics.
+        """
+        scopes = [param_groups] if self.config.scope == "global" else [[group] for group in param_groups]
+        gradients = [collect_gradients(p for group in scope for p in group["params"]) for scope in scopes]
+        norms = self._measure(gradients)
+        if new_step:
+            self._stats_before = self._stats_of(len(scopes))
+        decisions = [decide(*pair, self.config) for pair in zip(norms, self._stats_before, strict=True)]
+        for scope_gradients, decision in zip(gradients, decisions, strict=True):
+            scale_gradients_(scope_gradients, decision.clip_coef)
+        if new_step:
+            self._record(norms, decisions, param_groups)
+        return not self._last.skipped
+
+    def _measure(self, gradients: Sequence[Sequence[Tensor]]) -> list[float]:
+        """One norm per scope over all ranks; if one of them is not finite, none is."""
+        for scope_gradients in gradients:
+            refuse_unknown_shards(scope_gradients, self.process_group)
+        device = next((g.device for scope in gradients for g in scope), torch.device("cpu"))
+        norms = global_norms([gradient_norm(scope) for scope in gradients], self._groups, device)
+        total = math.hypot(*norms)
+        return norms if math.isfinite(total) else [total] * len(norms)
+
+    def _record(self, norms: list[float], decisions: list[Decision], param_groups: ParamGroups) -> None:
+        finite = all(map(math.isfinite, norms))
+        skipped = not finite and self.config.nonfinite != "pass"
+        streak = 0 if finite else self._counters.nonfinite_streak + 1
+        self._counters = Counters(self._counters.skipped_steps + skipped, streak)
+        self._stats = [decision.stats for decision in decisions]
+        self._last = _Step(norms, decisions, skipped)
+        limit = self.config.max_consecutive_nonfinite or math.inf
+        if skipped and (self.config.nonfinite == "raise" or streak >= limit):
+            raise NonFiniteGradientError(
+                f"the gradient norm is {norms[0]} after step {self._stats[0].step}, not finite for {streak} in a row; "
+                f"the gradients of {describe_nonfinite(param_groups)}"
+            )
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last norm was NaN or infinite, so that the optimizer must not step."""
+        return self._last.skipped
+
+    @property
+    def metrics(self) -> ClipMetrics:
+        """`ClipMetrics` of the last step; with ``scope="group"`` of all param groups together."""
+        groups = self.group_metrics
+        return groups[0] if len(groups) == 1 else combine(groups)
+
+    @property
+    def group_metrics(self) -> list[ClipMetrics]:
+        """`ClipMetrics` of the last step, one per param group; a single one unless ``scope="group"``."""
+        return [self._describe(*pair) for pair in zip(self._last.norms, self._last.decisions, strict=True)]
+
+    def _describe(self, norm: float, decision: Decision) -> ClipMetrics:
+        stats = decision.stats
+        return ClipMetrics(
+            grad_norm=norm,
+            clipped_norm=decision.clipped_norm,
+            threshold=decision.threshold,
+            z_score=decision.z_score,
+            clip_coef=decision.clip_coef,
+            mean=stats.mean,
+            std=stats.var**0.5,
+            clipped=decision.is_spike,
+            skipped=self._last.skipped,
+            step=stats.step,
+            clipped_steps=stats.clipped_steps,
+            skipped_steps=self._counters.skipped_steps,
+            clip_rate=min(1.0, stats.clipped_steps / max(1, stats.step - self.config.warmup_steps)),
+            consecutive_clipped=stats.streak,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics as plain Python scalars; hyperparameters are not saved."""
+        return {"groups": [to_flat(stats, self._counters, self.config.scope) for stats in self._stats]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore the statistics that `state_dict` returned.
+
+        Raises:
+            ValueError: the state is malformed; names the key. Nothing has changed then.
+        """
+        saved = self.parse_groups(state_dict.get("groups", []))
+        if saved is None:
+            raise ValueError("state_dict must be what ZClip.state_dict() returned: a dict with 'groups' of statistics")
+        self.restore(saved)
+
+    def parse_groups(self, groups: Sequence[Mapping[str, Any]]) -> SavedState | None:
+        """The state that saved param groups carry, None if they carry none; raises ValueError if it is malformed."""
+        return from_flat(groups, self.config.scope)
+
+    def restore(self, saved: SavedState | None) -> None:
+        """Take over a parsed state; None starts afresh."""
+        self._stats, self._counters = saved or SavedState([NormStats()], Counters())
+        self._last = _Step.before_any(self._stats)
+
+    def publish(self, param_groups: ParamGroups) -> None:
+        """Write the state into param groups, from where `parse_groups` reads it after a checkpoint."""
+        stats = self._stats_of(len(param_groups))
+        for i, group in enumerate(param_groups):
+            group.update(to_flat(stats[i if self.config.scope == "group" else 0], self._counters, self.config.scope))
+
+    def _stats_of(self, n_scopes: int) -> list[NormStats]:
+        """One `NormStats` per scope; a param group that was added later starts afresh."""
+        return self._stats + [NormStats()] * (n_scopes - len(self._stats))
+
+
+class _Step(NamedTuple):
+    """What the last step was: one norm and one decision per scope."""
+
+    norms: list[float]
+    decisions: list[Decision]
+    skipped: bool
+
+    @staticmethod
+    def before_any(stats: Sequence[NormStats]) -> "_Step":
+        decisions = [Decision(1.0, math.nan, math.nan, math.nan, False, one) for one in stats]
+        return _Step([math.nan] * len(decisions), decisions, skipped=False)
+
+
+def _as_param_groups(model_or_parameters: Any) -> ParamGroups:
+    if isinstance(model_or_parameters, nn.Module):
+        named = dict(model_or_parameters.named_parameters())
+        return [{"params": list(named.values()), "param_names": list(named)}]
+    items: list[Any] = [model_or_parameters] if isinstance(model_or_parameters, Tensor) else list(model_or_parameters)
+    return items if items and isinstance(items[0], dict) else [{"params": items}]

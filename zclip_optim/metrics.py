@@ -1,0 +1,79 @@
+"""What one step did, as plain Python numbers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class ClipMetrics:
+    """One optimizer step, as ZClip saw it. Norms are in gradient-norm units, counters in steps.
+
+    Args:
+        grad_norm: norm of the gradients before clipping; NaN before the first step.
+        clipped_norm: norm after clipping, the cap of `max_grad_norm` included.
+        threshold: on a spike the norm that replaced it, otherwise the norm above which the step would have been one;
+            infinite during warm-up.
+        z_score: standard deviations above the running mean; NaN in warm-up and for a norm that is zero or not finite.
+        clip_coef: factor applied to every gradient, in (0, 1]; 1 when nothing was clipped.
+        mean: running mean of the norm, this step included.
+        std: running standard deviation of the norm, this step included.
+        clipped: the step was a spike (a `max_grad_norm` cap alone shows in `clip_coef`).
+        skipped: the wrapped optimizer did not step, because the norm was not finite.
+        step: finite, non-zero norms seen.
+        clipped_steps: spikes so far.
+        skipped_steps: skipped steps so far.
+        clip_rate: share of the steps after warm-up that were spikes, in [0, 1].
+        consecutive_clipped: spikes in a row up to this step.
+
+    With ``scope="group"`` the metrics of the whole step have the total norms and, of all groups, the smallest
+    `clip_coef` and the largest `z_score` and counters; `threshold`, `mean` and `std` are NaN, as only groups have them.
+    """
+
+    grad_norm: float
+    clipped_norm: float
+    threshold: float
+    z_score: float
+    clip_coef: float
+    mean: float
+    std: float
+    clipped: bool
+    skipped: bool
+    step: int
+    clipped_steps: int
+    skipped_steps: int
+    clip_rate: float
+    consecutive_clipped: int
+
+    def as_dict(self, prefix: str = "zclip/") -> dict[str, float]:
+        """The metrics under the keys that loggers expect, flags and counters as floats too.
+
+        Args:
+            prefix: put before every name.
+
+        >>> import torch
+        >>> from zclip_optim import ZClip
+        >>> ZClip().metrics.as_dict("train/")["train/clip_coef"]
+        1.0
+        """
+        return {prefix + name: float(value) for name, value in asdict(self).items()}
+
+
+def combine(groups: Sequence[ClipMetrics]) -> ClipMetrics:
+    """The metrics of a whole step from those of its param groups."""
+    return ClipMetrics(
+        grad_norm=math.hypot(*(m.grad_norm for m in groups)),
+        clipped_norm=math.hypot(*(m.clipped_norm for m in groups)),
+        threshold=math.nan,
+        z_score=max((m.z_score for m in groups if not math.isnan(m.z_score)), default=math.nan),
+        clip_coef=min(m.clip_coef for m in groups),
+        mean=math.nan,
+        std=math.nan,
+        clipped=any(m.clipped for m in groups),
+        skipped=groups[0].skipped,
+        step=max(m.step for m in groups),
+        clipped_steps=max(m.clipped_steps for m in groups),
+        skipped_steps=groups[0].skipped_steps,
+        clip_rate=max(m.clip_rate for m in groups),
+        consecutive_clipped=max(m.consecutive_clipped for m in groups),
+    )

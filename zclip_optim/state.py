@@ -1,0 +1,82 @@
+"""The saved form of the statistics: flat Python scalars, which every checkpoint library carries in a param group."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from zclip_optim.zclip import NormStats
+
+VERSION = 1
+LARGEST_COUNT = 2**63 - 1
+
+
+class Counters(NamedTuple):
+    """Steps counted for the optimizer as a whole, whatever the scope of the statistics."""
+
+    skipped_steps: int = 0
+    nonfinite_streak: int = 0
+
+
+class SavedState(NamedTuple):
+    """All that a checkpoint restores: one `NormStats` per param group with scope="group", else a single one."""
+
+    stats: list[NormStats]
+    counters: Counters
+
+
+def to_flat(stats: NormStats, counters: Counters, scope: str) -> dict[str, Any]:
+    """What one param group carries: the statistics that apply to it, and the counters."""
+    fields = {"version": VERSION, "scope": scope, **stats._asdict(), **counters._asdict()}
+    return {f"zclip_{name}": value for name, value in fields.items()}
+
+
+def from_flat(groups: Sequence[Mapping[str, Any]], scope: str) -> SavedState | None:
+    """The state that `groups` carry; None if they carry none.
+
+    Raises:
+        ValueError: a value is missing or malformed, of another version or scope, or differs between groups that share
+            it; names the key.
+    """
+    if not any(str(key).startswith("zclip_") for group in groups for key in group):
+        return None
+    parsed = [_parse_group(group, i, scope) for i, group in enumerate(groups)]
+    shared = [{**counters._asdict(), **(stats._asdict() if scope == "global" else {})} for stats, counters in parsed]
+    for i, values in enumerate(shared):
+        for name, value in values.items():
+            if value != shared[0][name]:
+                _refuse(name, i, value, f"{shared[0][name]!r} as in param_groups[0]")
+    stats = [group_stats for group_stats, _ in parsed]
+    return SavedState(stats if scope == "group" else stats[:1], parsed[0][1])
+
+
+def _parse_group(group: Mapping[str, Any], index: int, scope: str) -> tuple[NormStats, Counters]:
+    def take(name: str, is_valid: Callable[[Any], bool], expected: str) -> Any:
+        if f"zclip_{name}" not in group:
+            raise ValueError(f"param_groups[{index}] of the checkpoint holds ZClip statistics without zclip_{name}")
+        value = group[f"zclip_{name}"]
+        if not is_valid(value):
+            _refuse(name, index, value, expected)
+        return value
+
+    def number(name: str) -> float:
+        return float(take(name, _is_number, "a finite number >= 0"))
+
+    def count(name: str) -> int:
+        return int(take(name, _is_count, "an integer >= 0"))
+
+    take("version", lambda v: _is_count(v) and v == VERSION, f"{VERSION}, the version that this zclip_optim reads")
+    take("scope", lambda v: isinstance(v, str) and v == scope, f"{scope!r}, the scope of this optimizer")
+    stats = NormStats(number("mean"), number("var"), count("step"), count("streak"), count("clipped_steps"))
+    return stats, Counters(*(count(name) for name in Counters._fields))
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max  # type: ignore[operator]
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_COUNT
+
+
+def _refuse(name: str, index: int, value: object, expected: str) -> None:
+    raise ValueError(f"zclip_{name} in param_groups[{index}] of the checkpoint must be {expected}; got {value!r}")
