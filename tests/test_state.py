@@ -1,0 +1,188 @@
+"""Saved state: round trips, bare and wrapped checkpoints, and what malformed ones do."""
+
+import copy
+import io
+import json
+import math
+
+import pytest
+import torch
+from training import make_model, parameters, train
+
+from zclip_optim import ZClipOptimizer
+
+OUTLIERS = (33, 34, 50)
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def through_disk(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("cut", [0, 7, 25, 34, 45])
+@pytest.mark.parametrize("scope", ["global", "group"])
+def test_resume_through_a_file_is_bit_exact(cut, scope):
+    whole = make_model()
+    reference = ZClipOptimizer(adamw(whole), scope=scope)
+    train(whole, reference, range(60), OUTLIERS)
+
+    model = make_model()
+    optimizer = ZClipOptimizer(adamw(model), scope=scope)
+    train(model, optimizer, range(cut), OUTLIERS)
+    saved = through_disk({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    model = make_model(seed=1)
+    optimizer = ZClipOptimizer(adamw(model), scope=scope)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    train(model, optimizer, range(cut, 60), OUTLIERS)
+
+    assert torch.equal(parameters(model), parameters(whole))
+    assert optimizer.metrics == reference.metrics
+    assert optimizer.metrics.clipped_steps > 0
+
+
+def test_the_keys_are_flat_scalars_in_every_group_from_construction_on():
+    model = make_model()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    optimizer = ZClipOptimizer(torch.optim.SGD(groups, lr=0.1))
+    keys = {key for key in optimizer.param_groups[0] if key.startswith("zclip_")}
+    assert {"zclip_version", "zclip_mean", "zclip_var", "zclip_step", "zclip_streak"} <= keys
+    for group in optimizer.state_dict()["param_groups"]:
+        assert keys <= set(group)
+        assert all(type(group[key]) in (int, float, str) for key in keys)
+        assert json.loads(json.dumps({key: group[key] for key in keys})) == {key: group[key] for key in keys}
+
+
+def test_a_bare_checkpoint_loads_and_starts_the_statistics_afresh():
+    bare_model, model = make_model(), make_model()
+    bare = adamw(bare_model)
+    train(bare_model, bare, range(10))
+    optimizer = ZClipOptimizer(adamw(model), z_thresh=1e9)
+    train(model, optimizer, range(30))
+    model.load_state_dict(bare_model.state_dict())
+    optimizer.load_state_dict(through_disk(bare.state_dict()))
+    assert optimizer.metrics.step == 0
+    assert optimizer.param_groups[0]["zclip_step"] == 0
+    train(bare_model, bare, range(10, 20))
+    train(model, optimizer, range(10, 20))
+    assert torch.equal(parameters(model), parameters(bare_model))
+
+
+def test_a_wrapped_checkpoint_loads_into_a_bare_optimizer():
+    model, bare_model = make_model(), make_model()
+    optimizer = ZClipOptimizer(adamw(model), z_thresh=1e9)
+    train(model, optimizer, range(10))
+    bare = adamw(bare_model)
+    bare_model.load_state_dict(model.state_dict())
+    bare.load_state_dict(through_disk(optimizer.state_dict()))
+    train(model, optimizer, range(10, 20))
+    train(bare_model, bare, range(10, 20))
+    assert torch.equal(parameters(model), parameters(bare_model))
+
+
+def test_wrapping_an_optimizer_that_loaded_a_wrapped_checkpoint_takes_over_its_statistics():
+    model = make_model()
+    optimizer = ZClipOptimizer(adamw(model))
+    train(model, optimizer, range(40), OUTLIERS)
+    inner = adamw(make_model())
+    inner.load_state_dict(optimizer.state_dict())
+    assert ZClipOptimizer(inner).metrics.mean == optimizer.metrics.mean
+
+
+def test_hyperparameters_are_the_constructors():
+    optimizer = ZClipOptimizer(adamw(make_model()))
+    stricter = ZClipOptimizer(adamw(make_model()), z_thresh=1.5)
+    stricter.load_state_dict(optimizer.state_dict())
+    assert stricter.clipper.config.z_thresh == 1.5
+
+
+def test_loading_through_the_property_setter_keeps_schedulers_alive():
+    optimizer = ZClipOptimizer(adamw(make_model()))
+    loaded = optimizer.state_dict()
+    loaded["param_groups"][0]["lr"] = 0.5
+    optimizer.load_state_dict(loaded)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.base_optimizer.param_groups[0]["lr"] == 0.5
+
+
+class Nesting(torch.optim.SGD):
+    """A wrapper in the wild: its state dict has no param_groups at the top."""
+
+    def state_dict(self):
+        return {"base": super().state_dict(), "slow": 1}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict["base"])
+
+
+def test_nested_state_dicts_resume():
+    model = make_model()
+    optimizer = ZClipOptimizer(Nesting(model.parameters(), lr=0.01))
+    train(model, optimizer, range(30))
+    other = ZClipOptimizer(Nesting(make_model().parameters(), lr=0.01))
+    saved = optimizer.state_dict()
+    other.load_state_dict(saved)
+    assert other.metrics.step == 30
+    saved["base"]["param_groups"][0]["zclip_var"] = -1.0
+    with pytest.raises(ValueError, match="zclip_var"):
+        other.load_state_dict(saved)
+
+
+MALFORMED = {
+    "zclip_version": [2, 0, -1, "1", None, 1.0, True],
+    "zclip_scope": ["group", "", None, 3],
+    "zclip_mean": [math.nan, math.inf, -1.0, "1", None, True, [1.0], 10**400],
+    "zclip_var": [math.nan, -1e-9, "x", None, torch.ones(2)],
+    "zclip_step": [-1, 1.5, 3.0, "3", None, True, 2**70],
+    "zclip_streak": [-1, 0.0, None],
+    "zclip_clipped_steps": [-1, "0"],
+    "zclip_skipped_steps": [-1, None],
+    "zclip_nonfinite_streak": [-1, math.nan],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in MALFORMED.items() for v in [*values, "missing"]])
+def test_a_malformed_checkpoint_is_refused_by_key_and_changes_nothing(key, value):
+    model = make_model()
+    optimizer = ZClipOptimizer(adamw(model))
+    train(model, optimizer, range(30))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = 77.0
+    saved["state"][0]["exp_avg"].fill_(5.0)
+    if isinstance(value, str) and value == "missing":
+        del saved["param_groups"][0][key]
+    else:
+        saved["param_groups"][0][key] = value
+    before, metrics = repr(optimizer.state_dict()), optimizer.metrics
+    with pytest.raises(ValueError, match=key):
+        optimizer.load_state_dict(saved)
+    assert repr(optimizer.state_dict()) == before
+    assert optimizer.metrics == metrics
+
+
+def test_groups_that_contradict_each_other_are_refused():
+    model = make_model()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    optimizer = ZClipOptimizer(torch.optim.SGD(groups, lr=0.1))
+    saved = optimizer.state_dict()
+    saved["param_groups"][1]["zclip_mean"] = 3.0
+    with pytest.raises(
+        ValueError, match=r"zclip_mean in param_groups\[1\] .* must be 0.0 as in param_groups\[0\]; got 3.0"
+    ):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_checkpoint_of_other_parameters_changes_nothing():
+    model = make_model()
+    optimizer = ZClipOptimizer(adamw(model))
+    train(model, optimizer, range(5))
+    before = optimizer.metrics
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict(ZClipOptimizer(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])).state_dict())
+    assert optimizer.metrics == before

@@ -1,0 +1,15 @@
+"""Adaptive gradient clipping for any PyTorch optimizer: ZClip (arXiv:2504.02507) as a drop-in wrapper.
+
+>>> import torch
+>>> from zclip_optim import ZClipOptimizer
+>>> model = torch.nn.Linear(4, 1)
+>>> optimizer = ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4))
+"""
+
+from zclip_optim.clipper import NonFiniteGradientError, ZClip, ZClipWarning
+from zclip_optim.metrics import ClipMetrics
+from zclip_optim.optimizer import ZClipOptimizer
+
+__version__ = "0.1.0"
+
+__all__ = ["ClipMetrics", "NonFiniteGradientError", "ZClip", "ZClipOptimizer", "ZClipWarning", "__version__"]

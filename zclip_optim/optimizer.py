@@ -1,0 +1,305 @@
+"""ZClipOptimizer: torch's optimizer contract around a ZClip, and nothing else."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from zclip_optim.clipper import ZClip
+from zclip_optim.distributed import ProcessGroups, refuse_unknown_shards
+from zclip_optim.metrics import ClipMetrics
+
+Closure = Callable[[], Any]
+
+
+class ZClipOptimizer(Optimizer):
+    """Wraps any optimizer and clips gradient-norm spikes, and only those, before each of its steps.
+
+        z_t = (g_t - mu) / (sigma + eps mu),   spike: z_t > z_thresh
+        g*_t = mu + clip_factor * (z_thresh^2 / z_t) * sigma on a spike, else g_t
+        mu <- alpha mu + (1 - alpha) g*_t,   sigma^2 <- alpha sigma^2 + (1 - alpha) (g*_t - mu)^2
+
+    g_t is the L2 norm of all gradients in the param groups. On a spike every gradient is multiplied by g*_t / g_t; on
+    other steps no bit is changed. The statistics travel in the param groups of `state_dict`, so they survive every
+    checkpoint library; hyperparameters are not saved. Schedulers, GradScaler and trainers take the wrapper for the
+    optimizer that it wraps.
+
+    Args:
+        base_optimizer: the optimizer to wrap, an instance of any `torch.optim.Optimizer`; may be trained already.
+        alpha: smoothing factor of the running statistics, 0 <= alpha < 1.
+        z_thresh: z-score above which a step is a spike, in standard deviations, > 0.
+        mode: "zscore", or "percentile" to clip spikes to mu + z_thresh * sigma whatever `clip_option` is.
+        clip_option: what a spike is clipped to: "adaptive_scaling" (alias "reciprocal", above), "mean" (mu) or "max"
+            (mu + z_thresh * sigma).
+        percentile: only for ``mode="percentile"``: sets z_thresh to this quantile of the standard normal distribution,
+            0.5 < percentile < 1 (0.99 gives 2.326).
+        clip_factor: multiplies the sigma term of "adaptive_scaling", > 0.
+        max_grad_norm: absolute cap of the norm, in gradient-norm units, during warm-up too, > 0; None for no cap.
+        warmup_steps: norms collected before adaptive clipping starts, in steps, >= 1.
+        eps: floor of sigma, in units of mu, >= 0.
+        skip_update_on_spike: leave the running statistics as they are on a spike.
+        patience: consecutive spikes after which they are taken for a new regime that the statistics follow, in steps,
+            >= 1; None: never, as in the paper.
+        nonfinite: what a NaN or infinite norm does: "skip" the step (gradients stay for inspection), "raise"
+            `NonFiniteGradientError`, or "pass" the step on unscaled. It never enters the statistics.
+        max_consecutive_nonfinite: with ``nonfinite="skip"``, raise at the so many-th such step in a row, >= 1; None:
+            never.
+        scope: "global" for one norm and one statistic, "group" for one per param group.
+        process_group: process group, or several, over which squared norms are summed, for gradients that are shards
+            held as plain tensors; () for none.
+
+    Raises:
+        TypeError: `base_optimizer` is not an optimizer instance, or is a ZClipOptimizer already.
+        ValueError: an argument is out of its range; names the argument, the value and the range.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4), z_thresh=3.0)
+        >>> model(torch.ones(2, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.metrics.clipped
+        False
+
+    References:
+        Kumar, Owen, Roy Chowdhury, Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", arXiv:2504.02507.
+    """
+
+    _step_supports_amp_scaling = False  # GradScaler then unscales before step(), also for a fused base optimizer
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        *,
+        alpha: float = 0.97,
+        z_thresh: float = 2.5,
+        mode: str = "zscore",
+        clip_option: str = "adaptive_scaling",
+        percentile: float | None = None,
+        clip_factor: float = 1.0,
+        max_grad_norm: float | None = None,
+        warmup_steps: int = 25,
+        eps: float = 1e-6,
+        skip_update_on_spike: bool = False,
+        patience: int | None = 25,
+        nonfinite: str = "skip",
+        max_consecutive_nonfinite: int | None = 25,
+        scope: str = "global",
+        process_group: ProcessGroups = None,
+    ) -> None:
+        _check_base_optimizer(base_optimizer)
+        self.base_optimizer = base_optimizer
+        self.clipper = ZClip(
+            alpha=alpha,
+            z_thresh=z_thresh,
+            mode=mode,
+            clip_option=clip_option,
+            percentile=percentile,
+            clip_factor=clip_factor,
+            max_grad_norm=max_grad_norm,
+            warmup_steps=warmup_steps,
+            eps=eps,
+            skip_update_on_spike=skip_update_on_spike,
+            patience=patience,
+            nonfinite=nonfinite,
+            max_consecutive_nonfinite=max_consecutive_nonfinite,
+            scope=scope,
+            process_group=process_group,
+        )
+        refuse_unknown_shards((p for group in self.param_groups for p in group["params"]), process_group)
+        # Not Optimizer.__init__, which would, through the properties below, empty the base optimizer.
+        self._make_hook_dicts()
+        # The base optimizer's groups hold statistics if it has loaded a checkpoint of a wrapped one.
+        self.clipper.restore(self.clipper.parse_groups(self.param_groups))
+        self.clipper.publish(self.param_groups)
+
+    def _make_hook_dicts(self) -> None:
+        """What Optimizer.__init__ makes and the inherited register_*_hook methods fill."""
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+
+    @property
+    def metrics(self) -> ClipMetrics:
+        """`ClipMetrics` of the last step; with ``scope="group"`` of all param groups together."""
+        return self.clipper.metrics
+
+    @property
+    def group_metrics(self) -> list[ClipMetrics]:
+        """`ClipMetrics` of the last step, one per param group; a single one unless ``scope="group"``."""
+        return self.clipper.group_metrics
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step left the parameters alone because the gradient norm was NaN or infinite."""
+        return self.clipper.step_was_skipped
+
+    # The base optimizer replaces these objects when it loads a checkpoint, and trainers assign them: never aliases.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The param groups of the base optimizer."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The per-parameter state of the base optimizer."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base_optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The default hyperparameters of the base optimizer."""
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = value
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """Clip the gradients if their norm is a spike, then let the base optimizer step.
+
+        Args:
+            closure: reevaluates the model, calls backward and returns the loss. The gradients of each evaluation are
+                clipped; only the first one moves the statistics.
+
+        Returns:
+            What the base optimizer's step returns; for a skipped step the loss, or None without a closure.
+
+        Raises:
+            NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite`.
+        """
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        kwargs: dict[str, Any] = {}
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            args, kwargs = _replaced((args, kwargs), pre_hook(self, args, kwargs))
+        result = self._step(*args[1:], **kwargs)
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, args, kwargs)
+        return result
+
+    # Keeps torch from wrapping step() in its hooks: the global ones fire in the base optimizer's step, once per step.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Closure | None = None) -> Any:
+        if closure is None:
+            return self.base_optimizer.step() if self.clipper.clip_(self.param_groups) else None
+        try:
+            return self.base_optimizer.step(self._clipping(closure))
+        except _SkipStep as skipped:
+            return skipped.loss
+
+    def _clipping(self, closure: Closure) -> Closure:
+        """The closure, clipping the gradients that it leaves behind."""
+        first = True
+
+        def clipping_closure() -> Any:
+            nonlocal first
+            with torch.enable_grad():
+                loss = closure()
+            may_step = self.clipper.clip_(self.param_groups, new_step=first)
+            if first and not may_step:
+                raise _SkipStep(loss)
+            first = False
+            return loss
+
+        return clipping_closure
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Reset the gradients, as the base optimizer does."""
+        self.base_optimizer.zero_grad(*args, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group to the base optimizer; with ``scope="group"`` it starts with a warm-up of its own."""
+        self.base_optimizer.add_param_group(param_group)
+        self.clipper.publish(self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state dict, with ZClip's statistics as ``zclip_*`` in every param group."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        self.clipper.publish(self.param_groups)
+        state_dict = self.base_optimizer.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = _replaced(state_dict, post_hook(self, state_dict))
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimizer or of a bare base optimizer; with the latter the statistics start afresh.
+
+        Raises:
+            ValueError: ZClip's statistics in it are malformed; names the key. Nothing has changed then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _replaced(state_dict, pre_hook(self, state_dict))
+        saved = self.clipper.parse_groups(_find_param_groups(state_dict))
+        self.base_optimizer.load_state_dict(state_dict)
+        self.clipper.restore(saved)
+        self.clipper.publish(self.param_groups)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """Public names that only the base optimizer has, such as ScheduleFree's train() and eval()."""
+        if hasattr(type(self), name):
+            return object.__getattribute__(self, name)  # a property of ours failed: let its own AttributeError surface
+        if name.startswith("_") or name in ("base_optimizer", "grad_scale", "found_inf"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base_optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drops hooks, as torch does, and a step() that a scheduler patched, which would step this object."""
+        return {"base_optimizer": self.base_optimizer, "clipper": self.clipper}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_hook_dicts()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} (\n{self.clipper!r}\n{self.base_optimizer!r}\n)"
+
+
+class _SkipStep(Exception):  # noqa: N818
+    """Leaves the base optimizer's step from within its closure."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+
+
+def _replaced(value: Any, by: Any) -> Any:
+    """What a hook returned, if it returned something."""
+    return value if by is None else by
+
+
+def _check_base_optimizer(base_optimizer: object) -> None:
+    if isinstance(base_optimizer, type):
+        raise TypeError(
+            f"base_optimizer must be an optimizer instance, got the class {base_optimizer.__name__}; "
+            f"write ZClipOptimizer({base_optimizer.__name__}(model.parameters(), ...))"
+        )
+    if isinstance(base_optimizer, ZClipOptimizer):
+        raise TypeError("base_optimizer is a ZClipOptimizer already; wrapping it again would clip twice")
+    if not isinstance(base_optimizer, Optimizer):
+        raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base_optimizer).__name__}")
+    if any(group.get("differentiable") for group in base_optimizer.param_groups):
+        raise ValueError("base_optimizer must not have differentiable=True: clipping writes to the gradients in place")
+
+
+def _find_param_groups(state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All param groups in a state dict; some wrappers nest them one or more levels down."""
+    if isinstance(state_dict.get("param_groups"), list):
+        return list(state_dict["param_groups"])
+    nested = [value for key, value in state_dict.items() if isinstance(value, Mapping) and key != "state"]
+    return [group for value in nested for group in _find_param_groups(value)]
