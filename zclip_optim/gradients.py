@@ -12,6 +12,7 @@ from torch import Tensor
 # drift (1e-3 over 25 M equal ones). Norms of short rows, summed in float64, stay under 1e-6 and run as fast.
 ROW = 2**8
 SMALL = 2**12
+FEW = 16  # so many small tensors are copied into one rather than normed one by one
 CHUNK = 2**20  # bounds the copy that is made of 16-bit gradients
 # Sums of squares below this may have lost elements to float32's underflow, even over 1e9 elements.
 SMALLEST_SUM = 1e-20
@@ -31,9 +32,8 @@ def gradient_norm(gradients: Sequence[Tensor]) -> float:
     Accumulated in float32 or wider, and right also where the squares of the elements overflow or vanish in float32.
     Reads every gradient once; an accelerator's sum is read back by the host, once for each dtype.
     """
-    values = [_real_values(g) for g in gradients]
-    total = _sum_of_squares(values)
-    return math.sqrt(total) if SMALLEST_SUM < total < math.inf else _rescaled_norm(values)
+    total = _sum_of_squares(gradients)
+    return math.sqrt(total) if SMALLEST_SUM < total < math.inf else _rescaled_norm(gradients)
 
 
 def scale_gradients_(gradients: Sequence[Tensor], coef: float) -> None:
@@ -60,17 +60,25 @@ def _real_values(gradient: Tensor) -> Tensor:
     return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 
-def _sum_of_squares(values: Iterable[Tensor]) -> float:
+def _sum_of_squares(gradients: Iterable[Tensor]) -> float:
     total = 0.0
-    batches = defaultdict(list)  # small tensors and accelerators': one foreach call each instead of one call per tensor
-    for value in values:
-        if value.numel() > SMALL and value.device.type == "cpu":
-            total += _large_sum_of_squares(value)
-        elif value.numel() > 0:
-            batches[value.device, value.dtype].append(value)
-    for (_, dtype), batch in batches.items():
-        total += _dot(torch.stack(torch._foreach_norm(batch, dtype=torch.promote_types(dtype, torch.float32))))
-    return total
+    batches: defaultdict[Any, list[Tensor]] = defaultdict(list)  # small tensors, or an accelerator's: one call for many
+    for gradient in gradients:
+        values = _real_values(gradient) if gradient.is_sparse or gradient.is_complex() else gradient
+        if not values.is_cpu:
+            batches[values.device, values.dtype].append(values)
+        elif values.numel() > SMALL:
+            total += _large_sum_of_squares(values)
+        elif values.numel() > 0:
+            batches[values.dtype].append(values)
+    return sum(map(_batch_sum_of_squares, batches.values()), total)
+
+
+def _batch_sum_of_squares(batch: list[Tensor]) -> float:
+    dtype = torch.promote_types(batch[0].dtype, torch.float32)
+    if len(batch) <= FEW and sum(values.numel() for values in batch) <= SMALL:
+        return float(torch.linalg.vector_norm(torch.cat([values.reshape(-1) for values in batch]), dtype=dtype)) ** 2
+    return _dot(torch.stack(torch._foreach_norm(batch, dtype=dtype)))
 
 
 def _large_sum_of_squares(value: Tensor, divisor: float = 1.0) -> float:
@@ -96,9 +104,9 @@ def _flat(value: Tensor) -> Tensor:
     return value.permute(sorted(range(value.dim()), key=value.stride, reverse=True)).reshape(-1)
 
 
-def _rescaled_norm(values: Iterable[Tensor]) -> float:
+def _rescaled_norm(gradients: Iterable[Tensor]) -> float:
     """Divides by the largest element before squaring, as LAPACK's nrm2 does; NaN or infinite if an element is."""
-    values = [value for value in values if value.numel() > 0]
+    values = [value for value in map(_real_values, gradients) if value.numel() > 0]
     peaks = [torch.linalg.vector_norm(value, math.inf).item() for value in values]
     peak = max(peaks, default=0.0)
     if peak == 0 or not all(map(math.isfinite, peaks)):

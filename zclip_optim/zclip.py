@@ -10,8 +10,8 @@ norm of their own (DeepSpeed and Megatron report one):
 >>> decision.is_spike, round(decision.clipped_norm, 3)
 (True, 1.108)
 
-The same lines run on Python floats and on 0-d tensors of one device; only `_select` tells them apart, so that on an
-accelerator no value is ever read back by the host.
+The same lines run on Python floats and on 0-d tensors of one device; they differ in how a value is selected alone
+(`_select_number`, `_select_tensor`), so that on an accelerator the host never reads a value back.
 
 References:
     Kumar, Owen, Roy Chowdhury, Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", arXiv:2504.02507.
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 Scalar: TypeAlias = Any  # a Python number, or a 0-d tensor on the gradients' device
+Select: TypeAlias = Callable[[Any, Any, Any], Any]
 
 TINY = 2.0**-126  # stands in for a z-score denominator of 0; a normal number in float32 too
 
@@ -139,10 +140,13 @@ class Decision(NamedTuple):
     stats: NormStats
 
 
-def _select(condition: Scalar, if_true: Any, if_false: Any) -> Any:
-    """`torch.where` for Python numbers, 0-d tensors and `NormStats` of either."""
-    if not isinstance(condition, torch.Tensor):
-        return if_true if condition else if_false
+def _select_number(condition: bool, if_true: Any, if_false: Any) -> Any:
+    """`torch.where` for Python numbers, and for `NormStats` of them."""
+    return if_true if condition else if_false
+
+
+def _select_tensor(condition: torch.Tensor, if_true: Any, if_false: Any) -> Any:
+    """`torch.where`, also for `NormStats` of 0-d tensors."""
     if isinstance(if_true, NormStats):
         return NormStats(*(torch.where(condition, x, y) for x, y in zip(if_true, if_false, strict=True)))
     return torch.where(condition, if_true, if_false)
@@ -163,30 +167,33 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
     Returns:
         The `Decision`, of the same kind and device as `norm`.
     """
+    select: Select = _select_tensor if isinstance(norm, torch.Tensor) else _select_number
     mean, var = stats.mean, stats.var
     usable = (norm > 0) & (norm < math.inf)
     adaptive = stats.step >= config.warmup_steps
-    g = _select(usable, norm, 1.0)  # every line below is computed on every step: no 0 / 0
+    g = select(usable, norm, 1.0)  # every line below is computed on every step: no 0 / 0
 
     # z_t = (g_t - mu) / (sigma + eps mu)
     std = var**0.5
     scale = std + config.eps * mean
-    z = (g - mean) / _select(scale > 0, scale, TINY)
+    z = (g - mean) / select(scale > 0, scale, TINY)
     is_spike = usable & adaptive & (z > config.z_thresh)
 
     # g*_t is the threshold on a spike, else g_t; clip_factor > 1 can lift the threshold over g_t: nothing is scaled up
-    spike_threshold = _spike_threshold(_select(is_spike, z, config.z_thresh), mean, std, config)
-    g_star = _select(is_spike & (spike_threshold < g), spike_threshold, g)
+    spike_threshold = _spike_threshold(select(is_spike, z, config.z_thresh), mean, std, config)
+    g_star = select(is_spike & (spike_threshold < g), spike_threshold, g)
     cap = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    capped = _select(g_star < cap, g_star, cap)
+    capped = select(g_star < cap, g_star, cap)
 
     return Decision(
-        clip_coef=_select(usable, capped / g, 1.0),
-        clipped_norm=_select(usable, capped, norm),
-        threshold=_select(is_spike, spike_threshold, _select(adaptive, mean + config.z_thresh * scale, math.inf)),
-        z_score=_select(usable & adaptive, z, math.nan),
+        clip_coef=select(usable, capped / g, 1.0),
+        clipped_norm=select(usable, capped, norm),
+        threshold=select(is_spike, spike_threshold, select(adaptive, mean + config.z_thresh * scale, math.inf)),
+        z_score=select(usable & adaptive, z, math.nan),
         is_spike=is_spike,
-        stats=_select(usable, _select(adaptive, _ema(g_star, is_spike, stats, config), _welford(g, stats)), stats),
+        stats=select(
+            usable, select(adaptive, _ema(g_star, is_spike, stats, config, select), _welford(g, stats)), stats
+        ),
     )
 
 
@@ -207,19 +214,19 @@ def _welford(g: Scalar, stats: NormStats) -> NormStats:
     return NormStats(mean, var, count, 0, stats.clipped_steps)
 
 
-def _ema(g_star: Scalar, is_spike: Scalar, stats: NormStats, config: ZClipConfig) -> NormStats:
+def _ema(g_star: Scalar, is_spike: Scalar, stats: NormStats, config: ZClipConfig, select: Select) -> NormStats:
     """After warm-up: averages of g*_t; from the spike after `patience` in a row on, of the winsorised norm."""
     mean, var, step, streak, clipped_steps = stats
     std, floor = var**0.5, config.eps * mean
     impatient = is_spike & (streak >= (math.inf if config.patience is None else config.patience))
-    fed = _select(impatient, mean + config.z_thresh * _select(std > floor, std, floor), g_star)
+    fed = select(impatient, mean + config.z_thresh * select(std > floor, std, floor), g_star)
 
     # mu <- alpha mu + (1 - alpha) g*_t;   sigma^2 <- alpha sigma^2 + (1 - alpha) (g*_t - mu)^2 with the new mu
     beta = 1 - config.alpha
     new_mean = config.alpha * mean + beta * fed
     new_var = config.alpha * var + beta * (fed - new_mean) * (fed - new_mean)
-    new_streak = _select(is_spike, streak + 1, 0)
+    new_streak = select(is_spike, streak + 1, 0)
     if config.skip_update_on_spike:
         learns = impatient | (new_streak == 0)
-        new_mean, new_var = _select(learns, new_mean, mean), _select(learns, new_var, var)
+        new_mean, new_var = select(learns, new_mean, mean), select(learns, new_var, var)
     return NormStats(new_mean, new_var, step + 1, new_streak, clipped_steps + is_spike)

@@ -1,0 +1,53 @@
+"""What a new user relies on: the two commands of the README, and that the package needs torch alone."""
+
+import configparser
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import zclip_optim
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf8")
+TRAINERS_AND_EXTRAS = ["lightning", "accelerate", "transformers", "matplotlib", "tqdm", "zclip", "torch_optimizer"]
+
+
+def setup_cfg():
+    parser = configparser.RawConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf8")
+    return parser
+
+
+def test_readme_has_exactly_the_two_commands():
+    commands = re.findall(r"^ *(python3 -m venv .*)$", README, flags=re.MULTILINE)
+    assert commands == [
+        "python3 -m venv .venv && .venv/bin/pip install -e '.[bench]' && .venv/bin/python -m benchmarks",
+        "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest",
+    ]
+    extras = setup_cfg()["options.extras_require"]
+    assert {"bench", "test", "dev"} <= set(extras)
+
+
+def test_the_package_depends_on_torch_alone():
+    assert setup_cfg()["options"]["install_requires"].split() == ["torch>=2.6"]
+
+
+def test_importing_it_imports_no_extra():
+    code = f"import sys, zclip_optim; print([name for name in {TRAINERS_AND_EXTRAS} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_argument_is_in_the_readme_with_its_default():
+    for name, parameter in inspect.signature(zclip_optim.ZClipOptimizer).parameters.items():
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
+        if parameter.default is not inspect.Parameter.empty:
+            default = row.split("|")[2].strip().strip("`").strip('"')
+            assert default == str(parameter.default)
+
+
+def test_all_public_names_are_documented():
+    for name in zclip_optim.__all__:
+        assert name == "__version__" or getattr(zclip_optim, name).__doc__
