@@ -1,0 +1,88 @@
+"""Figures, one function each."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.train import StepRecord, TrainConfig
+
+SMOOTH = 15  # clean steps in the running mean of the loss
+COLORS = ("#7f7f7f", "#e07b00", "#1769c2", "#2a9d4a", "#c0392b", "#7d4fb3")
+BEFORE, BAD = "#d9a6a6", "#f7e3e3"
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
+
+
+def compare_figure(runs: Mapping[str, Sequence[StepRecord]], config: TrainConfig, path: Path) -> None:
+    """The loss of all runs in one panel; below it each run's gradient norm before and after clipping.
+
+    Args:
+        runs: records of each run, by the method's label.
+        config: what the runs share.
+        path: the PNG to write.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 6.4), layout="constrained")
+        grid = figure.add_gridspec(2, len(runs))
+        loss_panel(figure.add_subplot(grid[0, :]), runs, config)
+        first = None
+        for column, (color, (label, records)) in enumerate(zip(cycle(COLORS), runs.items(), strict=False)):
+            axes = figure.add_subplot(grid[1, column], sharey=first)
+            first = first or axes
+            norm_panel(axes, label, records, color)
+        figure.savefig(path, dpi=100)
+
+
+def loss_panel(axes: Axes, runs: Mapping[str, Sequence[StepRecord]], config: TrainConfig) -> None:
+    """Every run's loss on clean batches: each step thin, the running mean bold."""
+    for color, (label, records) in zip(cycle(COLORS), runs.items(), strict=False):
+        clean = [r for r in records if r.corrupted is None]
+        steps, losses = [r.step for r in clean], [r.loss for r in clean]
+        axes.plot(steps, losses, color=color, linewidth=0.6, alpha=0.45)
+        axes.plot(steps, running_mean(losses), color=color, linewidth=1.8, label=label)
+    mark_corrupted(axes, [step + 1 for step in config.schedule])
+    axes.set(
+        title=f"Training loss on clean batches (thin: every step; bold: mean of {SMOOTH}), "
+        f"peak learning rate {config.lr:g}, seed {config.seed}",
+        xlabel="step",
+        ylabel="loss (nats per byte)",
+        xlim=(0, config.steps + 1),
+    )
+    axes.legend(frameon=False, ncols=len(runs) + 1)
+
+
+def norm_panel(axes: Axes, label: str, records: Sequence[StepRecord], color: str) -> None:
+    """One run's gradient norm before and after clipping, and the threshold."""
+    steps = [r.step for r in records]
+    axes.semilogy(steps, plottable(r.grad_norm for r in records), color=BEFORE, linewidth=1, label="before clipping")
+    axes.semilogy(steps, plottable(r.clipped_norm for r in records), color=color, linewidth=1, label="after clipping")
+    thresholds = plottable(r.threshold for r in records)
+    if any(map(math.isfinite, thresholds)):
+        axes.semilogy(steps, thresholds, color="black", linewidth=0.9, label="threshold")
+    mark_corrupted(axes, [r.step for r in records if r.corrupted], label=None)
+    axes.margins(y=0.2)  # room for the legend
+    axes.set(title=f"{label}: gradient norm", xlabel="step", ylabel="gradient norm (L2)", xlim=(0, len(records) + 1))
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
+
+
+def mark_corrupted(axes: Axes, steps: Sequence[int], label: str | None = "corrupted batch") -> None:
+    """A light band at each corrupted step, one entry in the legend."""
+    for index, step in enumerate(steps):
+        axes.axvspan(step - 0.5, step + 0.5, color=BAD, linewidth=1, zorder=0, label=None if index else label)
+
+
+def plottable(values: Iterable[float]) -> list[float]:
+    """The values with a gap (NaN) where there is nothing to draw on a log axis."""
+    return [value if math.isfinite(value) and value > 0 else math.nan for value in values]
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Mean of the last SMOOTH values up to each one."""
+    return [statistics.fmean(values[max(0, i + 1 - SMOOTH) : i + 1]) for i in range(len(values))]

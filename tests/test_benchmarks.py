@@ -1,0 +1,73 @@
+"""`python -m benchmarks` as a user runs it: a short run of every part, and what wrong input says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def benchmarks(*args):
+    command = [sys.executable, "-m", "benchmarks", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_a_short_run_writes_table_figure_and_every_step(tmp_path):
+    result = benchmarks("--steps", 12, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "| ZClip " in result.stdout
+    assert "loss spike: " in result.stdout
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((tmp_path / "compare.json").read_text())
+    assert [row["method"] for row in summary["rows"]] == ["none", "fixed", "zclip"]
+    for row in summary["rows"]:
+        records = [json.loads(line) for line in (tmp_path / f"{row['method']}.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records] == list(range(1, 13))
+        assert records[0]["loss"] == pytest.approx(5.6, abs=0.3)  # about ln 256: nothing learnt yet
+        assert row["held_out_loss"] < records[0]["loss"]
+
+
+def test_a_seed_fixes_every_step(tmp_path):
+    losses = []
+    for folder in ("one", "two"):
+        assert benchmarks("--steps", 4, "--seed", 5, "--out", tmp_path / folder).returncode == 0
+        lines = (tmp_path / folder / "zclip.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == losses[1]
+
+
+def test_own_data(tmp_path):
+    (tmp_path / "mine.txt").write_text("to be or not to be, that is the question. " * 2000)
+    result = benchmarks("--steps", 3, "--data", tmp_path / "mine.txt", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "mine.txt" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["--steps", "0"], "must be a whole number >= 1, got '0'"),
+        (["--lr", "-1"], "must be a finite number > 0, got '-1'"),
+        (["--lr", "x"], "got 'x'"),
+        (["--data", "/no/such/file"], "/no/such/file: no such file or folder"),
+        (["--data", "{empty}"], "too little text"),
+        (["--out", "{file}/below"], "cannot be written"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(args, complaint, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    result = benchmarks(*(arg.format(empty=tmp_path / "empty", file=tmp_path / "file") for arg in args))
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert complaint in result.stderr
+
+
+def test_help_names_every_option():
+    text = benchmarks("--help").stdout
+    for option in ("--steps", "--lr", "--seed", "--out", "--data"):
+        assert option in text
