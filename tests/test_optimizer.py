@@ -5,6 +5,7 @@ import math
 import pickle
 
 import pytest
+import pytorch_optimizer
 import torch
 from torch import nn
 from training import backward, make_batch, make_model, parameters, set_gradients, train
@@ -188,6 +189,27 @@ class TestClosure:
         if kind is not torch.optim.LBFGS:  # which counts its evaluations
             assert repr(optimizer.state_dict()["state"]) == repr(state)
 
+    def test_a_nonfinite_evaluation_of_sam_leaves_the_parameters_where_they_were(self):
+        model = make_model()
+        sam = pytorch_optimizer.SAM(model.parameters(), base_optimizer=torch.optim.SGD, lr=0.1)
+        optimizer = ZClipOptimizer(sam)
+        closure = self.closure(model, optimizer)
+        for _ in range(3):
+            closure()
+            optimizer.step(closure)
+        before = parameters(model)
+        closure()
+
+        def poisoned():
+            loss = closure()
+            assert not torch.equal(parameters(model), before)
+            model[0].bias.grad.fill_(math.nan)
+            return loss
+
+        optimizer.step(poisoned)
+        assert optimizer.step_was_skipped
+        assert torch.equal(parameters(model), before)
+
 
 class TestIsAnOptimizer:
     def test_isinstance_and_hook_dictionaries(self):
@@ -325,7 +347,7 @@ class TestConstruction:
 
     @pytest.mark.parametrize("thing", [None, nn.Linear(1, 1), [nn.Parameter(torch.ones(1))]])
     def test_other_things_are_refused(self, thing):
-        with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer"):
+        with pytest.raises(TypeError, match=r"must be an optimizer, got .*, which has no .*step"):
             ZClipOptimizer(thing)
 
     def test_wrapping_twice_is_refused(self):

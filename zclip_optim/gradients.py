@@ -42,6 +42,12 @@ def scale_gradients_(gradients: Sequence[Tensor], coef: float) -> None:
         torch._foreach_mul_(list(gradients), coef)
 
 
+def zero_gradients_(gradients: Sequence[Tensor]) -> None:
+    """Set every gradient to zero in place, NaN and infinite elements too."""
+    for gradient in gradients:
+        gradient.detach().zero_()
+
+
 def describe_nonfinite(param_groups: Iterable[dict[str, Any]], limit: int = 10) -> str:
     """The parameters whose gradients hold NaN or infinities: by name where the groups have names, else by position."""
     found = []

@@ -1,7 +1,7 @@
 """ZClipOptimizer: torch's optimizer contract around a ZClip, and nothing else."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,9 +9,11 @@ from torch.optim import Optimizer
 
 from zclip_optim.clipper import ZClip
 from zclip_optim.distributed import ProcessGroups, refuse_unknown_shards
+from zclip_optim.gradients import collect_gradients, zero_gradients_
 from zclip_optim.metrics import ClipMetrics
 
 Closure = Callable[[], Any]
+OPTIMIZER_INTERFACE = ("param_groups", "step", "zero_grad", "state_dict", "load_state_dict")
 
 
 class ZClipOptimizer(Optimizer):
@@ -27,7 +29,7 @@ class ZClipOptimizer(Optimizer):
     optimizer that it wraps.
 
     Args:
-        base_optimizer: the optimizer to wrap, an instance of any `torch.optim.Optimizer`; may be trained already.
+        base_optimizer: the optimizer to wrap, an instance of any class; may be trained already.
         alpha: smoothing factor of the running statistics, 0 <= alpha < 1.
         z_thresh: z-score above which a step is a spike, in standard deviations, > 0.
         mode: "zscore", or "percentile" to clip spikes to mu + z_thresh * sigma whatever `clip_option` is.
@@ -107,7 +109,7 @@ class ZClipOptimizer(Optimizer):
             scope=scope,
             process_group=process_group,
         )
-        refuse_unknown_shards((p for group in self.param_groups for p in group["params"]), process_group)
+        refuse_unknown_shards(self._params(), process_group)
         # Not Optimizer.__init__, which would, through the properties below, empty the base optimizer.
         self._make_hook_dicts()
         # The base optimizer's groups hold statistics if it has loaded a checkpoint of a wrapped one.
@@ -172,7 +174,8 @@ class ZClipOptimizer(Optimizer):
 
         Args:
             closure: reevaluates the model, calls backward and returns the loss. The gradients of each evaluation are
-                clipped; only the first one moves the statistics.
+                clipped; the first one moves the statistics. If its norm is not finite, the step is left from within
+            the closure; an optimizer that has moved the parameters by then (SAM) gets zero gradients instead.
 
         Returns:
             What the base optimizer's step returns; for a skipped step the loss, or None without a closure.
@@ -202,6 +205,7 @@ class ZClipOptimizer(Optimizer):
 
     def _clipping(self, closure: Closure) -> Closure:
         """The closure, clipping the gradients that it leaves behind."""
+        versions = [p._version for p in self._params()]
         first = True
 
         def clipping_closure() -> Any:
@@ -210,11 +214,17 @@ class ZClipOptimizer(Optimizer):
                 loss = closure()
             may_step = self.clipper.clip_(self.param_groups, new_step=first)
             if first and not may_step:
-                raise _SkipStep(loss)
+                if [p._version for p in self._params()] == versions:
+                    raise _SkipStep(loss)
+                # SAM and its kin have moved the parameters and must be let go on to move them back.
+                zero_gradients_(collect_gradients(self._params()))
             first = False
             return loss
 
         return clipping_closure
+
+    def _params(self) -> Iterator[torch.Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Reset the gradients, as the base optimizer does."""
@@ -283,7 +293,7 @@ def _replaced(value: Any, by: Any) -> Any:
     return value if by is None else by
 
 
-def _check_base_optimizer(base_optimizer: object) -> None:
+def _check_base_optimizer(base_optimizer: Any) -> None:
     if isinstance(base_optimizer, type):
         raise TypeError(
             f"base_optimizer must be an optimizer instance, got the class {base_optimizer.__name__}; "
@@ -291,8 +301,10 @@ def _check_base_optimizer(base_optimizer: object) -> None:
         )
     if isinstance(base_optimizer, ZClipOptimizer):
         raise TypeError("base_optimizer is a ZClipOptimizer already; wrapping it again would clip twice")
-    if not isinstance(base_optimizer, Optimizer):
-        raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base_optimizer).__name__}")
+    missing = [name for name in OPTIMIZER_INTERFACE if not hasattr(base_optimizer, name)]
+    if missing:  # not isinstance: ScheduleFreeWrapper, for one, is an optimizer without torch's base class
+        kind = type(base_optimizer).__name__
+        raise TypeError(f"base_optimizer must be an optimizer, got {kind}, which has no {', '.join(missing)}")
     if any(group.get("differentiable") for group in base_optimizer.param_groups):
         raise ValueError("base_optimizer must not have differentiable=True: clipping writes to the gradients in place")
 
