@@ -116,6 +116,16 @@ class TestStep:
         ZClipOptimizer(inner).step()
         assert inner.stepped
 
+    def test_returns_what_the_inner_step_returns(self):
+        class Returns(torch.optim.SGD):
+            def step(self, closure=None):
+                return "something" if closure is None else (closure(), "more")
+
+        model = make_model()
+        optimizer = ZClipOptimizer(Returns(model.parameters(), lr=0.1))
+        assert optimizer.step() == "something"
+        assert optimizer.step(lambda: 3.0) == (3.0, "more")
+
     def test_scope_group(self):
         model = make_model()
         groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.1}]

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from inner_optimizers import CASES
+
 import zclip_optim
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +41,9 @@ def test_importing_it_imports_no_extra():
     code = f"""if True:
         import sys, torch
         before = set(sys.modules)
-        import zclip_optim
+        from inner_optimizers import CASES
+
+import zclip_optim
         print([name for name in {EXTRAS} if name in set(sys.modules) - before])"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
@@ -50,6 +54,10 @@ def test_every_argument_is_in_the_readme_with_its_default():
         row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
         if parameter.default is not inspect.Parameter.empty:
             assert ast.literal_eval(row.split("|")[2].strip(" `")) == parameter.default
+
+
+def test_readme_counts_the_optimizers_that_are_tested():
+    assert f"the tests hold {len(CASES)} configurations of inner optimizers" in README
 
 
 def test_all_public_names_are_documented():

@@ -95,6 +95,12 @@ def test_wrapping_an_optimizer_that_loaded_a_wrapped_checkpoint_takes_over_its_s
     assert ZClipOptimizer(inner).metrics.mean == optimizer.metrics.mean
 
 
+def test_param_groups_of_another_wrapper_that_never_stepped_are_no_checkpoint():
+    groups = [{"params": list(make_model().parameters())}]
+    ZClipOptimizer(torch.optim.SGD(groups, lr=0.1))
+    assert ZClipOptimizer(torch.optim.SGD(groups, lr=0.1), scope="group").metrics.step == 0
+
+
 def test_hyperparameters_are_the_constructors():
     optimizer = ZClipOptimizer(adamw(make_model()))
     stricter = ZClipOptimizer(adamw(make_model()), z_thresh=1.5)

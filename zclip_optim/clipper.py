@@ -80,7 +80,6 @@ class ZClip:
         self.clip_(_as_param_groups(model_or_parameters))
         return math.hypot(*self._last.norms)
 
-    @torch.no_grad()
     def clip_(self, param_groups: ParamGroups, *, new_step: bool = True) -> bool:
         """Clip the gradients of param groups in place; returns whether the optimizer may step.
 
@@ -89,6 +88,12 @@ class ZClip:
             new_step: False for a further evaluation within the same step (a closure called again): it is clipped by the
                 statistics that this step began with and changes neither them nor the metrics.
         """
+        if torch.compiler.is_compiling():  # else it would be compiled anew for every value of its floats
+            return bool(torch.compiler.disable(self._clip)(param_groups, new_step))  # type: ignore[no-untyped-call]
+        return self._clip(param_groups, new_step)
+
+    @torch.no_grad()
+    def _clip(self, param_groups: ParamGroups, new_step: bool) -> bool:
         scopes = [param_groups] if self.config.scope == "global" else [[group] for group in param_groups]
         gradients = [collect_gradients(p for group in scope for p in group["params"]) for scope in scopes]
         norms = self._measure(gradients)

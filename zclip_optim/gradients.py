@@ -101,7 +101,7 @@ def _large_sum_of_squares(value: Tensor, divisor: float = 1.0) -> float:
 
 
 def _dot(values: Tensor) -> float:
-    values = values.double()
+    values = values.cpu().double()  # in this order: not every accelerator has float64
     return values.dot(values).item()
 
 

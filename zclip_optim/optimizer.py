@@ -112,8 +112,8 @@ class ZClipOptimizer(Optimizer):
         refuse_unknown_shards(self._params(), process_group)
         # Not Optimizer.__init__, which would, through the properties below, empty the base optimizer.
         self._make_hook_dicts()
-        # The base optimizer's groups hold statistics if it has loaded a checkpoint of a wrapped one.
-        self.clipper.restore(self.clipper.parse_groups(self.param_groups))
+        if any(group.get("zclip_step") for group in self.param_groups):  # it has loaded a checkpoint of a wrapped one
+            self.clipper.restore(self.clipper.parse_groups(self.param_groups))
         self.clipper.publish(self.param_groups)
 
     def _make_hook_dicts(self) -> None:
