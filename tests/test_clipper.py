@@ -61,6 +61,18 @@ def test_a_step_that_is_not_clipped_leaves_every_gradient_bit_identical():
     assert clipper.metrics.clip_coef == 1
 
 
+def test_a_further_evaluation_is_clipped_by_the_statistics_that_its_step_began_with():
+    params = [nn.Parameter(torch.zeros(50))]
+    clipper = ZClip(warmup_steps=5)
+    feed(clipper, NORMS[:6], params)
+    for new_step in (True, False):
+        set_gradients(params, 30.0)
+        clipper.clip_([{"params": params}], new_step=new_step)
+        assert params[0].grad.norm().item() == pytest.approx(clipper.metrics.threshold)
+    assert clipper.metrics.step == 7
+    assert clipper.metrics.clipped_steps == 1
+
+
 def test_the_cap_acts_during_warm_up_and_shows_in_the_coefficient_alone():
     (metrics,) = feed(ZClip(max_grad_norm=0.5), [2.0])
     assert metrics.clipped_norm == 0.5

@@ -46,6 +46,13 @@ def test_global_hooks_fire_once_after_copies_and_subclasses(global_calls):
     assert global_calls == ["pre", "post"]
 
 
+def test_global_hooks_fire_once_also_if_something_has_torch_patch_the_class(global_calls):
+    model, optimizer = make()
+    optimizer._patch_step_function()  # what Optimizer.__init__ and Optimizer.__setstate__ call
+    train(model, optimizer, [0])
+    assert global_calls == ["pre", "post"]
+
+
 def test_global_hooks_do_not_fire_for_a_skipped_step(global_calls):
     model, optimizer = make()
     backward(model, 0)

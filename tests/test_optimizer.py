@@ -58,11 +58,22 @@ class TestStep:
     def test_parameters_and_groups_are_read_at_every_step(self):
         model = make_model()
         optimizer = wrapped(model)
+        train(model, optimizer, [0])
         swapped = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
         optimizer.param_groups[0]["params"] = swapped
         set_gradients(swapped, 3.0)
         optimizer.step()
         assert optimizer.metrics.grad_norm == pytest.approx(3.0)
+
+    def test_a_group_swapped_by_the_base_optimizer_is_the_one_that_is_clipped(self):
+        model = make_model()
+        optimizer = ZClipOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), max_grad_norm=0.5)
+        train(model, optimizer, [0])
+        p = nn.Parameter(torch.zeros(4))
+        optimizer.base_optimizer.param_groups = [{**optimizer.param_groups[0], "params": [p]}]
+        set_gradients([p], 3.0)
+        optimizer.step()
+        assert p.detach().norm().item() == pytest.approx(0.5)
 
     def test_zero_gradients_still_step(self):
         model = make_model()
@@ -173,6 +184,16 @@ class TestClosure:
         assert max(norms) == pytest.approx(1e-3, rel=1e-4)
         assert optimizer.metrics.step == 1
 
+    def test_the_closure_runs_with_grad_enabled_also_where_the_inner_optimizer_does_not_see_to_it(self):
+        class NoGrad(torch.optim.SGD):
+            @torch.no_grad()
+            def step(self, closure=None):
+                return closure()
+
+        model = make_model()
+        optimizer = ZClipOptimizer(NoGrad(model.parameters(), lr=0.1))
+        assert optimizer.step(self.closure(model, optimizer)).requires_grad
+
     def test_same_run_with_and_without_a_closure(self):
         plain, closed = make_model(), make_model()
         train(plain, wrapped(plain), range(40))
@@ -219,6 +240,23 @@ class TestClosure:
         optimizer.step(poisoned)
         assert optimizer.step_was_skipped
         assert torch.equal(parameters(model), before)
+
+    def test_parameters_swapped_between_steps_do_not_count_as_moved(self):
+        model = make_model()
+        optimizer = wrapped(model)
+        optimizer.step(self.closure(model, optimizer))
+        model[0].weight = nn.Parameter(torch.ones(16, 6))
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        before = parameters(model)
+
+        def poisoned():
+            loss = self.closure(model, optimizer)()
+            model[0].bias.grad.fill_(math.nan)
+            return loss
+
+        optimizer.step(poisoned)
+        assert torch.equal(parameters(model), before)
+        assert math.isnan(model[0].bias.grad[0])
 
 
 class TestIsAnOptimizer:
