@@ -63,7 +63,7 @@ def test_a_step_that_is_not_clipped_leaves_every_gradient_bit_identical():
 
 def test_a_further_evaluation_is_clipped_by_the_statistics_that_its_step_began_with():
     params = [nn.Parameter(torch.zeros(50))]
-    clipper = ZClip(warmup_steps=5)
+    clipper = ZClip(warmup_steps=5, clip_option="max")
     feed(clipper, NORMS[:6], params)
     for new_step in (True, False):
         set_gradients(params, 30.0)

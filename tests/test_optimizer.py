@@ -283,6 +283,9 @@ class TestIsAnOptimizer:
             replacement = copy.copy(getattr(inner, name))
             setattr(optimizer, name, replacement)
             assert getattr(inner, name) is replacement
+            replacement = copy.copy(replacement)
+            setattr(inner, name, replacement)
+            assert getattr(optimizer, name) is replacement
         state_dict = optimizer.state_dict()
         optimizer.load_state_dict(state_dict)
         assert optimizer.param_groups is inner.param_groups
