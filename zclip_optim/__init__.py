@@ -6,7 +6,8 @@
 >>> optimizer = ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4))
 """
 
-from zclip_optim.clipper import NonFiniteGradientError, ZClip, ZClipWarning
+from zclip_optim.clipper import NonFiniteGradientError, ZClip
+from zclip_optim.health import ZClipWarning
 from zclip_optim.metrics import ClipMetrics
 from zclip_optim.optimizer import ZClipOptimizer
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zclip_optim.distributed import ProcessGroups, as_groups, global_norms, refuse_unknown_shards
 from zclip_optim.gradients import collect_gradients, describe_nonfinite, gradient_norm, scale_gradients_
+from zclip_optim.health import Health
 from zclip_optim.metrics import ClipMetrics, combine
 from zclip_optim.state import Counters, SavedState, from_flat, to_flat
 from zclip_optim.zclip import Decision, NormStats, ZClipConfig, decide
@@ -18,10 +19,6 @@ ParamGroups = Sequence[dict[str, Any]]
 
 class NonFiniteGradientError(FloatingPointError):
     """The gradient norm was NaN or infinite, and `nonfinite` or `max_consecutive_nonfinite` says to stop."""
-
-
-class ZClipWarning(UserWarning):
-    """Something about the gradients makes adaptive clipping less useful than it could be."""
 
 
 class ZClip:
@@ -60,6 +57,7 @@ class ZClip:
         self.config = ZClipConfig(**options)
         self.process_group = process_group
         self._groups = as_groups(process_group)
+        self._health = Health(self.config)
         self.restore(None)
 
     def __repr__(self) -> str:
@@ -122,11 +120,12 @@ class ZClip:
         self._counters = Counters(self._counters.skipped_steps + skipped, streak)
         self._stats = [decision.stats for decision in decisions]
         self._last = _Step(norms, decisions, skipped)
+        self._health.check(self._stats_before, self._stats, streak)
         limit = self.config.max_consecutive_nonfinite or math.inf
         if skipped and (self.config.nonfinite == "raise" or streak >= limit):
             raise NonFiniteGradientError(
-                f"the gradient norm is {norms[0]} after step {self._stats[0].step}, not finite for {streak} in a row; "
-                f"the gradients of {describe_nonfinite(param_groups)}"
+                f"the gradient norm is {norms[0]}, after {self._stats[0].step} finite steps, for {streak} in a row; "
+                f"gradients with NaN or infinite elements: {describe_nonfinite(param_groups)}"
             )
 
     @property
@@ -196,7 +195,7 @@ class ZClip:
 
     def _stats_of(self, n_scopes: int) -> list[NormStats]:
         """One `NormStats` per scope; a param group that was added later starts afresh."""
-        return self._stats + [NormStats()] * (n_scopes - len(self._stats))
+        return (self._stats + [NormStats()] * (n_scopes - len(self._stats)))[:n_scopes]
 
 
 class _Step(NamedTuple):

@@ -57,7 +57,7 @@ def describe_nonfinite(param_groups: Iterable[dict[str, Any]], limit: int = 10) 
                 name = group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]"
                 found.append(f"{name} {tuple(p.shape)}")
     more = f" and {len(found) - limit} more" if len(found) > limit else ""
-    return ", ".join(found[:limit]) + more
+    return ", ".join(found[:limit]) + more or "none in this process"
 
 
 def _real_values(gradient: Tensor) -> Tensor:

@@ -1,0 +1,110 @@
+"""Warnings: each failure that people meet, once per run, with its numbers and the argument to change."""
+
+import random
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from training import set_gradients
+
+from zclip_optim import ZClip, ZClipWarning
+
+
+def messages(norms, clipper=None, **options):
+    """The warnings of a run over these norms."""
+    clipper, p = clipper or ZClip(**options), nn.Parameter(torch.zeros(30))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for norm in norms:
+            set_gradients([p], norm)
+            clipper.step([p])
+    assert all(warning.category is ZClipWarning for warning in caught)
+    return [str(warning.message) for warning in caught]
+
+
+def noise(steps, spread=0.05, level=1.0):
+    rng = random.Random(0)
+    return [level * (1 + rng.gauss(0, spread)) for _ in range(steps)]
+
+
+def test_an_ordinary_run_warns_of_nothing():
+    norms = noise(1000)
+    norms[100] = norms[500] = 50.0
+    norms[300:320] = [30.0] * 20
+    assert messages(norms) == []
+
+
+def test_many_clipped_steps():
+    norms = [norm * (10.0 if i % 4 == 3 and i > 30 else 1.0) for i, norm in enumerate(noise(900))]
+    (message,) = messages(norms, z_thresh=2.0, alpha=0.99)
+    assert "of the last 200 steps were clipped, at step 400" in message or "at step 200" in message
+    assert "z_thresh=2" in message
+    assert "learning rate" in message
+
+
+def test_as_many_as_a_fifth_of_the_steps_is_no_reason():
+    norms = [norm * (10.0 if i % 5 == 4 and i > 200 else 1.0) for i, norm in enumerate(noise(900))]
+    assert messages(norms, z_thresh=5.0, alpha=0.99) == []
+
+
+def test_a_new_regime():
+    message, *_ = messages(noise(60) + noise(200, level=40.0))
+    assert message.startswith("more than patience=25 spikes in a row: a new regime")
+    assert "at step 86" in message
+    assert messages(noise(60) + [40.0] * 25 + noise(60)) == []
+
+
+def test_no_new_regime_without_patience():
+    lasting = messages(noise(60) + noise(140, level=40.0), patience=None)
+    assert all("clipped, at step 200" in message for message in lasting)
+
+
+def test_a_warm_up_of_equal_norms_which_were_clipped_before():
+    (message,) = messages([1.0] * 30)
+    assert message.startswith("all 25 gradient norms of the warm-up were 1: probably they were clipped before")
+    assert "max_grad_norm" in message
+    assert messages([1.0, 1.0], warmup_steps=1) == []
+    assert messages([1.0] * 24 + [1.01] * 10) == []
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 0.3])
+def test_clip_grad_norm_in_front_is_noticed(max_norm):
+    p, clipper = nn.Parameter(torch.zeros(30)), ZClip()
+    with pytest.warns(ZClipWarning, match="clipped before they got here"):
+        for norm in noise(25, spread=0.3, level=3.0):
+            set_gradients([p], norm)
+            torch.nn.utils.clip_grad_norm_([p], max_norm)
+            clipper.step([p])
+
+
+def test_half_way_to_the_limit_of_nonfinite_steps():
+    nan = float("nan")
+    (message,) = messages([1.0] + [nan] * 13 + [1.0] + [nan] * 20)
+    assert "for 13 steps in a row" in message
+    assert "max_consecutive_nonfinite=25" in message
+    assert messages([nan] * 30, max_consecutive_nonfinite=None) == []
+    assert messages([nan] * 30, nonfinite="pass") == []
+
+
+def test_each_kind_once_per_run():
+    shifts = [norm for k in range(4) for norm in noise(120, level=30.0**k)]
+    said = messages(shifts)
+    assert len([message for message in said if "new regime" in message]) == 1
+
+
+def test_groups_are_named():
+    groups = [{"params": [nn.Parameter(torch.zeros(30))]} for _ in range(2)]
+    clipper = ZClip(scope="group")
+    with pytest.warns(ZClipWarning, match="of the warm-up in param group 1 were 7"):
+        for norm in noise(25):
+            set_gradients(groups[0]["params"], norm)
+            set_gradients(groups[1]["params"], 7.0)
+            clipper.step(groups)
+
+
+def test_a_resumed_run_does_not_judge_a_window_that_it_did_not_see():
+    first, second = ZClip(), ZClip()
+    messages(noise(150), first)
+    second.load_state_dict(first.state_dict())
+    assert messages([norm * (10.0 if i % 2 else 1.0) for i, norm in enumerate(noise(60))], second) == []

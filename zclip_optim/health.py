@@ -1,0 +1,80 @@
+"""Warnings about the failures that people meet, each kind once per run and without a word in between."""
+
+import warnings
+from collections.abc import Sequence
+
+from zclip_optim.zclip import NormStats, ZClipConfig
+
+WINDOW = 200  # steps
+HIGH_CLIP_RATE = 0.2
+NO_SPREAD = 1e-5  # relative; below it norms are equal but for rounding
+
+
+class ZClipWarning(UserWarning):
+    """Something about the gradients or the settings makes adaptive clipping less useful than it could be."""
+
+
+class Health:
+    """Watches the statistics go by. `check` compares two integers a few times on an ordinary step."""
+
+    def __init__(self, config: ZClipConfig) -> None:
+        self.config = config
+        self._said: set[str] = set()
+        self._window_starts: dict[int, NormStats] = {}
+
+    def check(self, before: Sequence[NormStats], after: Sequence[NormStats], nonfinite_streak: int) -> None:
+        """Warn if the statistics before and after one step, one `NormStats` per scope, give reason to."""
+        for scope, (old, new) in enumerate(zip(before, after, strict=True)):
+            if new.step != old.step:
+                where = f" in param group {scope}" if self.config.scope == "group" else ""
+                self._check_warm_up(new, where)
+                self._check_regime(new, where)
+                self._check_clip_rate(scope, old, new, where)
+        self._check_nonfinite(nonfinite_streak)
+
+    def _check_warm_up(self, stats: NormStats, where: str) -> None:
+        if stats.step == self.config.warmup_steps > 1 and stats.var**0.5 <= NO_SPREAD * stats.mean:
+            self._warn(
+                "warm-up",
+                f"all {stats.step} gradient norms of the warm-up{where} were {stats.mean:.4g}: probably they were "
+                "clipped before they got here, which hides every spike. Turn that clipping off (a trainer's "
+                "max_grad_norm or gradient_clip_val, clip_grad_norm_ in a loop)",
+            )
+
+    def _check_regime(self, stats: NormStats, where: str) -> None:
+        if self.config.patience is not None and stats.streak == self.config.patience + 1:
+            self._warn(
+                "regime",
+                f"more than patience={self.config.patience} spikes in a row{where}: a new regime of the gradient norm "
+                f"was accepted at step {stats.step}, and its running mean, now {stats.mean:.4g}, follows. If the run is "
+                "diverging, lower the learning rate; a larger patience waits longer, patience=None for ever",
+            )
+
+    def _check_clip_rate(self, scope: int, old: NormStats, new: NormStats, where: str) -> None:
+        if old.step == 0:
+            self._window_starts[scope] = old
+        if new.step % WINDOW == 0:
+            start = self._window_starts.get(scope, new)
+            clipped = new.clipped_steps - start.clipped_steps
+            if new.step - start.step == WINDOW and clipped > HIGH_CLIP_RATE * WINDOW:
+                self._warn(
+                    "clip rate",
+                    f"{clipped} of the last {WINDOW} steps{where} were clipped, at step {new.step}: the learning rate "
+                    f"may be too high, or z_thresh={self.config.z_thresh:.3g} too low for the spread of these norms "
+                    f"(mean {new.mean:.4g}, std {new.var**0.5:.4g})",
+                )
+            self._window_starts[scope] = new
+
+    def _check_nonfinite(self, streak: int) -> None:
+        limit = self.config.max_consecutive_nonfinite
+        if self.config.nonfinite == "skip" and limit is not None and limit > 1 and streak == (limit + 1) // 2:
+            self._warn(
+                "nonfinite",
+                f"the gradient norm was NaN or infinite for {streak} steps in a row, which were skipped; at "
+                f"max_consecutive_nonfinite={limit} NonFiniteGradientError is raised and names the parameters",
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(message, ZClipWarning, stacklevel=2)
