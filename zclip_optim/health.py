@@ -46,7 +46,7 @@ class Health:
             self._warn(
                 "regime",
                 f"more than patience={self.config.patience} spikes in a row{where}: a new regime of the gradient norm "
-                f"was accepted at step {stats.step}, and its running mean, now {stats.mean:.4g}, follows. If the run is "
+                f"was accepted at step {stats.step}, and its mean, now {stats.mean:.4g}, follows. If the run is "
                 "diverging, lower the learning rate; a larger patience waits longer, patience=None for ever",
             )
 

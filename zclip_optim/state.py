@@ -1,5 +1,6 @@
 """The saved form of the statistics: flat Python scalars, which every checkpoint library carries in a param group."""
 
+import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -79,4 +80,11 @@ def _is_count(value: object) -> bool:
 
 
 def _refuse(name: str, index: int, value: object, expected: str) -> None:
-    raise ValueError(f"zclip_{name} in param_groups[{index}] of the checkpoint must be {expected}; got {value!r}")
+    raise ValueError(f"zclip_{name} in param_groups[{index}] of the checkpoint must be {expected}; got {_show(value)}")
+
+
+def _show(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of too many digits to print
+        return f"a huge {type(value).__name__}"

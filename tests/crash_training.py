@@ -1,0 +1,52 @@
+"""The process that test_crash.py kills: resumes, trains, and checkpoints after every step with the README's recipe."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from training import make_model, train
+
+from zclip_optim import ZClipOptimizer
+
+STEPS, OUTLIERS = 300, (60, 150, 151, 240)
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf8")
+RECIPE = re.search(r"```python\n(def save_checkpoint.*?)```", README, flags=re.DOTALL).group(1)
+
+
+def make():
+    """Model, optimizer, scheduler."""
+    model = make_model()
+    optimizer = ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2))
+    return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+
+
+def load(parts, path):
+    """Restore the parts; the number of steps done."""
+    checkpoint = torch.load(path, weights_only=True)
+    for part, state in zip(parts, checkpoint["parts"], strict=True):
+        part.load_state_dict(state)
+    return checkpoint["step"]
+
+
+def run(parts, done, after_step=lambda step: None):
+    """Train from step `done` to the end."""
+    model, optimizer, scheduler = parts
+    for step in range(done, STEPS):
+        train(model, optimizer, [step], OUTLIERS)
+        scheduler.step()
+        after_step(step + 1)
+
+
+def training_process(path, progress):
+    """Resume from `path` if it is there, and go on; every checkpoint is told to `progress`."""
+    torch.set_num_threads(1)
+    namespace = {}
+    exec(RECIPE, namespace)
+    parts = make()
+
+    def checkpoint(step):
+        namespace["save_checkpoint"]({"step": step, "parts": [part.state_dict() for part in parts]}, path)
+        progress.send(step)
+
+    run(parts, load(parts, path) if os.path.exists(path) else 0, checkpoint)
