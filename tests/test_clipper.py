@@ -208,6 +208,12 @@ class TestGroupScope:
         for old, new in zip(before, clipper.state_dict()["groups"], strict=True):
             assert (old["zclip_mean"], old["zclip_step"]) == (new["zclip_mean"], new["zclip_step"])
 
+    def test_the_groups_norms_are_told_also_when_one_is_not_finite(self):
+        clipper, groups = self.make()
+        self.step(clipper, groups, 3.0, math.nan)
+        assert clipper.group_metrics[0].grad_norm == pytest.approx(3.0)
+        assert math.isnan(clipper.group_metrics[1].grad_norm)
+
     def test_groups_may_come_and_go(self):
         clipper, groups = self.make()
         self.step(clipper, groups[:1], 1.0)
@@ -255,8 +261,35 @@ class TestState:
 
     @pytest.mark.parametrize("state", [{}, {"groups": []}, {"groups": [{}]}])
     def test_what_is_not_a_state_is_refused(self, state):
-        with pytest.raises(ValueError, match=r"what ZClip\.state_dict"):
+        with pytest.raises(ValueError, match=r"what ZClip\.state_dict|list of dicts"):
             ZClip().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "give", [lambda p: {"params": p}, lambda p: {"params": [p]}, lambda p: {"params": (q for q in [p])}]
+)
+def test_groups_take_what_torch_takes(give):
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.full((3,), 100.0)
+    assert ZClip(max_grad_norm=1.0).step([give(p)]) == pytest.approx(100 * 3**0.5)
+    assert p.grad.norm().item() == pytest.approx(1.0)
+    p.grad.fill_(math.nan)
+    with pytest.raises(NonFiniteGradientError, match=r"param_groups\[0\]\['params'\]\[0\] \(3,\)"):
+        ZClip(nonfinite="raise").step([give(p)])
+
+
+@pytest.mark.parametrize("things", [[1.0], make_model().named_parameters(), ["weight"]])
+def test_other_things_than_parameters_are_refused(things):
+    with pytest.raises(TypeError, match="must be a module, parameters or param groups"):
+        ZClip().step(things)
+
+
+def test_clip_rate_after_resuming_with_a_longer_warm_up():
+    clipper, longer = ZClip(warmup_steps=4), ZClip(warmup_steps=100)
+    feed(clipper, [1.0, 1.1, 0.9, 1.0, 50.0, 1.0])
+    longer.load_state_dict(clipper.state_dict())
+    assert longer.metrics.clipped_steps == 1
+    assert longer.metrics.clip_rate == 0
 
 
 def test_arguments_are_validated():

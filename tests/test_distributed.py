@@ -1,5 +1,7 @@
 """Norms over process groups, in real gloo processes; refusal of shards that this process cannot see."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -69,11 +71,22 @@ def test_fsdp_shards_without_a_process_group_are_refused():
     with pytest.raises(ValueError, match=r"pass process_group=model\.process_group.* \(process_group=\(\)"):
         ZClipOptimizer(torch.optim.SGD([p], lr=0.1))
     assert ZClipOptimizer(torch.optim.SGD([p], lr=0.1), process_group=()).metrics.step == 0
+    p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"pass process_group"):
+        ZClip().step([p])
+    late = ZClipOptimizer(torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1))
+    late.add_param_group({"params": [p]})
+    with pytest.raises(ValueError, match=r"pass process_group"):
+        late.step()
 
 
-def test_dtensors_are_refused_not_measured_wrongly(tmp_path):
+def test_copies_share_process_groups_and_dtensors_are_refused(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
+        optimizer = ZClipOptimizer(
+            torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1), process_group=dist.group.WORLD
+        )
+        assert copy.deepcopy(optimizer).clipper._groups == (dist.group.WORLD,)
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
         p = nn.Parameter(torch.distributed.tensor.distribute_tensor(torch.ones(4), mesh))
         with pytest.raises(NotImplementedError, match="DTensor"):

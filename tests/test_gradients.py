@@ -82,6 +82,18 @@ def test_scaling_multiplies_every_kind_in_place():
         assert torch.equal(gradient.to_dense(), old * 0.25)
 
 
+@pytest.mark.parametrize("coef", [0.3337, 3e-5, 3e-8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scaling_rounds_the_product_only(coef, dtype):
+    torch.manual_seed(0)
+    gradient = (torch.rand(500) * 5e4 + 1e4).to(dtype)
+    exact = gradient.double() * coef
+    scale_gradients_([gradient], coef)
+    assert (
+        torch.equal(gradient, exact.to(dtype)) or (gradient.double() / exact - 1).abs().max() < torch.finfo(dtype).eps
+    )
+
+
 def test_a_coefficient_of_one_touches_nothing():
     gradient = torch.tensor([math.nan, math.inf, 1.0])
     version = gradient._version

@@ -93,6 +93,16 @@ def test_each_kind_once_per_run():
     assert len([message for message in said if "new regime" in message]) == 1
 
 
+def test_a_warning_points_at_the_line_of_the_user():
+    p, clipper = nn.Parameter(torch.zeros(3)), ZClip(warmup_steps=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            p.grad = torch.ones(3)
+            clipper.step([p])
+    assert caught[0].filename == __file__
+
+
 def test_groups_are_named():
     groups = [{"params": [nn.Parameter(torch.zeros(30))]} for _ in range(2)]
     clipper = ZClip(scope="group")

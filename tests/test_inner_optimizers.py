@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -16,7 +17,7 @@ from zclip_optim.gradients import collect_gradients, gradient_norm
 
 pytestmark = [  # what the inner optimizers themselves warn of
     pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True"),
-    pytest.mark.filterwarnings("ignore:This overload of addcmul_ is deprecated"),
+    pytest.mark.filterwarnings("ignore:This overload of \\w+ is deprecated"),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
 ]
 
@@ -151,6 +152,19 @@ def test_not_clipping_is_the_bare_optimizer_bit_for_bit(case):
     expected = run(case, *build(case, bare), range(12))
     assert not torch.equal(expected, start)
     assert torch.equal(run(case, *build(case, without_clipping), range(12)), expected)
+
+
+IGNORE_THEIR_CLOSURE = ("torch_optimizer Ranger", "torch_optimizer RangerVA")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in IGNORE_THEIR_CLOSURE])
+def test_clipping_happens_also_for_trainers_that_always_pass_a_closure(name):
+    case = replace(CASES[name], needs_closure=True)
+    model, optimizer = build(case, with_cap)
+    ours = run(case, model, optimizer, range(4))
+    assert torch.equal(ours, run_clipped_by_hand(case, *build(case, bare), range(4)))
+    assert optimizer.metrics.clip_coef < 1
+    assert optimizer.metrics.step == 4
 
 
 @pytest.mark.parametrize("case", ALL_PARAMS)

@@ -3,14 +3,16 @@
 import copy
 import math
 import pickle
+import warnings
 
 import pytest
 import pytorch_optimizer
 import torch
+import torch_optimizer
 from torch import nn
 from training import backward, make_batch, make_model, parameters, set_gradients, train
 
-from zclip_optim import NonFiniteGradientError, ZClipOptimizer
+from zclip_optim import NonFiniteGradientError, ZClipOptimizer, ZClipWarning
 from zclip_optim.zclip import ZClipConfig
 
 HOOK_DICTS = [
@@ -220,10 +222,11 @@ class TestClosure:
         if kind is not torch.optim.LBFGS:  # which counts its evaluations
             assert repr(optimizer.state_dict()["state"]) == repr(state)
 
-    def test_a_nonfinite_evaluation_of_sam_leaves_the_parameters_where_they_were(self):
+    @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+    def test_a_nonfinite_evaluation_of_sam_leaves_the_parameters_where_they_were(self, nonfinite):
         model = make_model()
-        sam = pytorch_optimizer.SAM(model.parameters(), base_optimizer=torch.optim.SGD, lr=0.1)
-        optimizer = ZClipOptimizer(sam)
+        sgd = {"base_optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+        optimizer = ZClipOptimizer(pytorch_optimizer.SAM(model.parameters(), **sgd), nonfinite=nonfinite)
         closure = self.closure(model, optimizer)
         for _ in range(3):
             closure()
@@ -237,9 +240,52 @@ class TestClosure:
             model[0].bias.grad.fill_(math.nan)
             return loss
 
-        optimizer.step(poisoned)
+        if nonfinite == "raise":
+            with pytest.raises(NonFiniteGradientError, match="is nan"):
+                optimizer.step(poisoned)
+        else:
+            optimizer.step(poisoned)
         assert optimizer.step_was_skipped
         assert torch.equal(parameters(model), before)
+
+    @pytest.mark.parametrize("search", [None, "strong_wolfe"])
+    @pytest.mark.parametrize("nonfinite", ["skip", "raise", "pass"])
+    def test_a_later_evaluation_that_is_not_finite(self, nonfinite, search):
+        model = make_model()
+        lbfgs = torch.optim.LBFGS(model.parameters(), max_iter=5, line_search_fn=search)
+        optimizer = ZClipOptimizer(lbfgs, nonfinite=nonfinite)
+        before, evaluations = parameters(model), []
+
+        def closure():
+            loss = self.closure(model, optimizer)()
+            evaluations.append(loss)
+            if len(evaluations) == 2:
+                model[0].bias.grad.fill_(math.nan)
+            return loss
+
+        if nonfinite == "raise":
+            with pytest.raises(NonFiniteGradientError, match="is nan"):
+                optimizer.step(closure)
+        else:
+            optimizer.step(closure)
+        if nonfinite != "pass":
+            assert torch.equal(parameters(model), before)
+            assert optimizer.metrics.skipped_steps == 1
+            optimizer.step(self.closure(model, optimizer))
+            assert parameters(model).isfinite().all()
+            assert not torch.equal(parameters(model), before)
+            assert not optimizer.step_was_skipped
+
+    def test_an_inner_optimizer_that_ignores_its_closure_is_told_of(self):
+        model = make_model()
+        optimizer = ZClipOptimizer(torch_optimizer.Ranger(model.parameters(), lr=1e-2))
+        backward(model, 0)
+        with (
+            pytest.warns(ZClipWarning, match="Ranger did not call the closure"),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", "This overload of addcmul_")
+            optimizer.step(lambda: backward(model, 0))
 
     def test_parameters_swapped_between_steps_do_not_count_as_moved(self):
         model = make_model()
@@ -336,6 +382,14 @@ class TestIsAnOptimizer:
         assert optimizer.metrics.step == 30
         assert not torch.equal(params[0], before)
         assert torch.equal(parameters(model), original)
+
+    def test_copies_keep_the_attributes_of_subclasses(self):
+        class Tagged(ZClipOptimizer):
+            pass
+
+        optimizer = Tagged(adamw(make_model()))
+        optimizer.tag = "mine"
+        assert copy.deepcopy(optimizer).tag == "mine"
 
     def test_a_deepcopied_run_goes_on_bit_for_bit(self):
         model = make_model()

@@ -231,6 +231,18 @@ def test_bad_arguments_are_refused_by_name_value_and_range(name, value):
     assert str(error.value).endswith(f"got {value!r}")
 
 
+def test_numbers_too_large_for_a_float_are_out_of_range():
+    with pytest.raises(ValueError, match="z_thresh must be a finite number > 0"):
+        ZClipConfig(z_thresh=10**400)
+
+
+@pytest.mark.parametrize("z_thresh", [1e200, 1.7e308])
+def test_a_threshold_out_of_reach_never_clips(z_thresh):
+    decisions = run([1.0, 1.1, 0.9] * 10 + [1e30], z_thresh=z_thresh)
+    assert not any(d.is_spike for d in decisions)
+    assert decisions[-1].clip_coef == 1
+
+
 def test_percentile_needs_its_mode():
     with pytest.raises(ValueError, match=r'percentile must be None unless mode="percentile", got 0\.99'):
         ZClipConfig(percentile=0.99)

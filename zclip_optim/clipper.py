@@ -1,5 +1,6 @@
 """ZClip: holds the statistics; measures, decides and applies; state in and out."""
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -55,10 +56,15 @@ class ZClip:
 
     def __init__(self, *, process_group: ProcessGroups = None, **options: Any) -> None:
         self.config = ZClipConfig(**options)
-        self.process_group = process_group
         self._groups = as_groups(process_group)
-        self._health = Health(self.config)
+        self.health = Health(self.config)
         self.restore(None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ZClip":
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        memo.update({id(group): group for group in self._groups or ()})  # process groups are shared
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def __repr__(self) -> str:
         return repr(self.config).replace("ZClipConfig", "ZClip", 1)
@@ -93,40 +99,52 @@ class ZClip:
     @torch.no_grad()
     def _clip(self, param_groups: ParamGroups, new_step: bool) -> bool:
         scopes = [param_groups] if self.config.scope == "global" else [[group] for group in param_groups]
-        gradients = [collect_gradients(p for group in scope for p in group["params"]) for scope in scopes]
-        norms = self._measure(gradients)
+        norms, gradients = self._measure([[p for group in scope for p in group["params"]] for scope in scopes])
+        total = math.hypot(*norms)
+        finite = math.isfinite(total)
         if new_step:
             self._stats_before = self._stats_of(len(scopes))
-        decisions = [decide(*pair, self.config) for pair in zip(norms, self._stats_before, strict=True)]
+        # If the norm of one scope is not finite, the step is not taken and the statistics of none move.
+        decisions = [
+            decide(norm if finite else total, stats, self.config)
+            for norm, stats in zip(norms, self._stats_before, strict=True)
+        ]
         for scope_gradients, decision in zip(gradients, decisions, strict=True):
             scale_gradients_(scope_gradients, decision.clip_coef)
         if new_step:
-            self._record(norms, decisions, param_groups)
-        return not self._last.skipped
+            self._record(norms, decisions, finite)
+        return finite or self._accept_nonfinite(total, param_groups, new_step)
 
-    def _measure(self, gradients: Sequence[Sequence[Tensor]]) -> list[float]:
-        """One norm per scope over all ranks; if one of them is not finite, none is."""
-        for scope_gradients in gradients:
-            refuse_unknown_shards(scope_gradients, self.process_group)
-        device = next((g.device for scope in gradients for g in scope), torch.device("cpu"))
-        norms = global_norms([gradient_norm(scope) for scope in gradients], self._groups, device)
-        total = math.hypot(*norms)
-        return norms if math.isfinite(total) else [total] * len(norms)
+    def _measure(self, scopes: list[list[Tensor]]) -> tuple[list[float], list[list[Tensor]]]:
+        """For each scope, a list of parameters: the norm over all ranks, and the gradients in this process."""
+        for params in scopes:
+            refuse_unknown_shards(params, self._groups)
+        gradients = [collect_gradients(params) for params in scopes]
+        device = next((p.device for params in scopes for p in params), torch.device("cpu"))
+        return global_norms([gradient_norm(scope) for scope in gradients], self._groups, device), gradients
 
-    def _record(self, norms: list[float], decisions: list[Decision], param_groups: ParamGroups) -> None:
-        finite = all(map(math.isfinite, norms))
-        skipped = not finite and self.config.nonfinite != "pass"
-        streak = 0 if finite else self._counters.nonfinite_streak + 1
-        self._counters = Counters(self._counters.skipped_steps + skipped, streak)
+    def _record(self, norms: list[float], decisions: list[Decision], finite: bool) -> None:
         self._stats = [decision.stats for decision in decisions]
-        self._last = _Step(norms, decisions, skipped)
-        self._health.check(self._stats_before, self._stats, streak)
-        limit = self.config.max_consecutive_nonfinite or math.inf
-        if skipped and (self.config.nonfinite == "raise" or streak >= limit):
+        self._last = _Step(norms, decisions, skipped=False)
+        if finite:
+            self._counters = self._counters._replace(nonfinite_streak=0)
+        self.health.check(self._stats_before, self._stats)
+
+    def _accept_nonfinite(self, norm: float, param_groups: ParamGroups, new_step: bool) -> bool:
+        """Count a norm that is not finite, once per step; whether the step may be taken all the same."""
+        if not new_step and self._last.skipped:
+            return False
+        skipped = self.config.nonfinite != "pass"
+        streak = self._counters.nonfinite_streak + 1
+        self._counters = Counters(self._counters.skipped_steps + skipped, streak)
+        self._last = self._last._replace(skipped=skipped)
+        self.health.check_nonfinite(streak)
+        if self.config.nonfinite == "raise" or (skipped and streak == self.config.max_consecutive_nonfinite):
             raise NonFiniteGradientError(
-                f"the gradient norm is {norms[0]}, after {self._stats[0].step} finite steps, for {streak} in a row; "
+                f"the gradient norm is {norm}, after {self._stats[0].step} finite steps, for {streak} in a row; "
                 f"gradients with NaN or infinite elements: {describe_nonfinite(param_groups)}"
             )
+        return not skipped
 
     @property
     def step_was_skipped(self) -> bool:
@@ -159,9 +177,15 @@ class ZClip:
             step=stats.step,
             clipped_steps=stats.clipped_steps,
             skipped_steps=self._counters.skipped_steps,
-            clip_rate=min(1.0, stats.clipped_steps / max(1, stats.step - self.config.warmup_steps)),
+            clip_rate=self._clip_rate(stats),
             consecutive_clipped=stats.streak,
         )
+
+    def _clip_rate(self, stats: NormStats) -> float:
+        steps = stats.step - self.config.warmup_steps
+        return (
+            min(1.0, stats.clipped_steps / steps) if steps > 0 else 0.0
+        )  # min: it may have resumed with a longer warm-up
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics as plain Python scalars; hyperparameters are not saved."""
@@ -173,18 +197,19 @@ class ZClip:
         Raises:
             ValueError: the state is malformed; names the key. Nothing has changed then.
         """
-        saved = self.parse_groups(state_dict.get("groups", []))
+        saved = self.parse_groups(state_dict.get("groups")) if isinstance(state_dict, Mapping) else None
         if saved is None:
             raise ValueError("state_dict must be what ZClip.state_dict() returned: a dict with 'groups' of statistics")
         self.restore(saved)
 
-    def parse_groups(self, groups: Sequence[Mapping[str, Any]]) -> SavedState | None:
+    def parse_groups(self, groups: Any) -> SavedState | None:
         """The state that saved param groups carry, None if they carry none; raises ValueError if it is malformed."""
         return from_flat(groups, self.config.scope)
 
     def restore(self, saved: SavedState | None) -> None:
         """Take over a parsed state; None starts afresh."""
         self._stats, self._counters = saved or SavedState([NormStats()], Counters())
+        self._stats_before = self._stats
         self._last = _Step.before_any(self._stats)
 
     def publish(self, param_groups: ParamGroups) -> None:
@@ -215,5 +240,17 @@ def _as_param_groups(model_or_parameters: Any) -> ParamGroups:
     if isinstance(model_or_parameters, nn.Module):
         named = dict(model_or_parameters.named_parameters())
         return [{"params": list(named.values()), "param_names": list(named)}]
-    items: list[Any] = [model_or_parameters] if isinstance(model_or_parameters, Tensor) else list(model_or_parameters)
-    return items if items and isinstance(items[0], dict) else [{"params": items}]
+    items = _as_list(model_or_parameters)
+    groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
+    groups = [{**group, "params": _as_list(group["params"])} for group in groups]
+    for item in (p for group in groups for p in group["params"]):
+        if not isinstance(item, Tensor):
+            kind = type(item).__name__
+            raise TypeError(
+                f"model_or_parameters must be a module, parameters or param groups, got a {kind} among them"
+            )
+    return groups
+
+
+def _as_list(params: Any) -> list[Any]:
+    return [params] if isinstance(params, Tensor) else list(params)

@@ -38,8 +38,14 @@ def gradient_norm(gradients: Sequence[Tensor]) -> float:
 
 def scale_gradients_(gradients: Sequence[Tensor], coef: float) -> None:
     """Multiply every gradient by `coef` in place; leaves the bits alone for a coefficient of 1."""
-    if coef != 1 and gradients:
-        torch._foreach_mul_(list(gradients), coef)
+    if coef == 1:
+        return
+    for gradient in gradients:
+        if gradient.is_cpu:  # where _foreach_mul_ would round the coefficient to a 16-bit dtype, and loop as well
+            gradient.mul_(coef)
+    on_accelerator = [gradient for gradient in gradients if not gradient.is_cpu]
+    if on_accelerator:
+        torch._foreach_mul_(on_accelerator, coef)
 
 
 def zero_gradients_(gradients: Sequence[Tensor]) -> None:
@@ -116,5 +122,5 @@ def _rescaled_norm(gradients: Iterable[Tensor]) -> float:
     peaks = [torch.linalg.vector_norm(value, math.inf).item() for value in values]
     peak = max(peaks, default=0.0)
     if peak == 0 or not all(map(math.isfinite, peaks)):
-        return math.fsum(peaks)
+        return float(sum(peaks))
     return peak * math.sqrt(sum(_large_sum_of_squares(value, peak) for value in values))

@@ -1,7 +1,11 @@
 """Warnings about the failures that people meet, each kind once per run and without a word in between."""
 
+import os
+import sys
 import warnings
 from collections.abc import Sequence
+
+import torch
 
 from zclip_optim.zclip import NormStats, ZClipConfig
 
@@ -22,7 +26,7 @@ class Health:
         self._said: set[str] = set()
         self._window_starts: dict[int, NormStats] = {}
 
-    def check(self, before: Sequence[NormStats], after: Sequence[NormStats], nonfinite_streak: int) -> None:
+    def check(self, before: Sequence[NormStats], after: Sequence[NormStats]) -> None:
         """Warn if the statistics before and after one step, one `NormStats` per scope, give reason to."""
         for scope, (old, new) in enumerate(zip(before, after, strict=True)):
             if new.step != old.step:
@@ -30,11 +34,10 @@ class Health:
                 self._check_warm_up(new, where)
                 self._check_regime(new, where)
                 self._check_clip_rate(scope, old, new, where)
-        self._check_nonfinite(nonfinite_streak)
 
     def _check_warm_up(self, stats: NormStats, where: str) -> None:
         if stats.step == self.config.warmup_steps > 1 and stats.var**0.5 <= NO_SPREAD * stats.mean:
-            self._warn(
+            self.warn(
                 "warm-up",
                 f"all {stats.step} gradient norms of the warm-up{where} were {stats.mean:.4g}: probably they were "
                 "clipped before they got here, which hides every spike. Turn that clipping off (a trainer's "
@@ -43,7 +46,7 @@ class Health:
 
     def _check_regime(self, stats: NormStats, where: str) -> None:
         if self.config.patience is not None and stats.streak == self.config.patience + 1:
-            self._warn(
+            self.warn(
                 "regime",
                 f"more than patience={self.config.patience} spikes in a row{where}: a new regime of the gradient norm "
                 f"was accepted at step {stats.step}, and its mean, now {stats.mean:.4g}, follows. If the run is "
@@ -57,7 +60,7 @@ class Health:
             start = self._window_starts.get(scope, new)
             clipped = new.clipped_steps - start.clipped_steps
             if new.step - start.step == WINDOW and clipped > HIGH_CLIP_RATE * WINDOW:
-                self._warn(
+                self.warn(
                     "clip rate",
                     f"{clipped} of the last {WINDOW} steps{where} were clipped, at step {new.step}: the learning rate "
                     f"may be too high, or z_thresh={self.config.z_thresh:.3g} too low for the spread of these norms "
@@ -65,16 +68,27 @@ class Health:
                 )
             self._window_starts[scope] = new
 
-    def _check_nonfinite(self, streak: int) -> None:
+    def check_nonfinite(self, streak: int) -> None:
+        """Warn if a streak of norms that are not finite has come half way to the limit."""
         limit = self.config.max_consecutive_nonfinite
         if self.config.nonfinite == "skip" and limit is not None and limit > 1 and streak == (limit + 1) // 2:
-            self._warn(
+            self.warn(
                 "nonfinite",
                 f"the gradient norm was NaN or infinite for {streak} steps in a row, which were skipped; at "
                 f"max_consecutive_nonfinite={limit} NonFiniteGradientError is raised and names the parameters",
             )
 
-    def _warn(self, kind: str, message: str) -> None:
+    def warn(self, kind: str, message: str) -> None:
+        """Warn, unless a warning of this kind was given before."""
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(message, ZClipWarning, stacklevel=2)
+            warnings.warn(message, ZClipWarning, stacklevel=_level_of_the_user())
+
+
+def _level_of_the_user() -> int:
+    """The stacklevel, as seen from the caller, of the first frame that is neither this package's nor torch's."""
+    inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level

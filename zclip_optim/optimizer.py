@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from zclip_optim.clipper import ZClip
+from zclip_optim.clipper import NonFiniteGradientError, ZClip
 from zclip_optim.distributed import ProcessGroups, refuse_unknown_shards
 from zclip_optim.gradients import collect_gradients, zero_gradients_
 from zclip_optim.metrics import ClipMetrics
@@ -109,9 +109,10 @@ class ZClipOptimizer(Optimizer):
             scope=scope,
             process_group=process_group,
         )
-        refuse_unknown_shards(self._params(), process_group)
+        refuse_unknown_shards(self._params(), self.clipper._groups)
         # Not Optimizer.__init__, which would, through the properties below, empty the base optimizer.
         self._make_hook_dicts()
+        self._probes = isinstance(base_optimizer, torch.optim.LBFGS)  # moves the parameters before an evaluation
         if any(group.get("zclip_step") for group in self.param_groups):  # it has loaded a checkpoint of a wrapped one
             self.clipper.restore(self.clipper.parse_groups(self.param_groups))
         self.clipper.publish(self.param_groups)
@@ -174,8 +175,7 @@ class ZClipOptimizer(Optimizer):
 
         Args:
             closure: reevaluates the model, calls backward and returns the loss. The gradients of each evaluation are
-                clipped; the first one moves the statistics. If its norm is not finite, the step is left from within
-            the closure; an optimizer that has moved the parameters by then (SAM) gets zero gradients instead.
+                clipped; the first one moves the statistics.
 
         Returns:
             What the base optimizer's step returns; for a skipped step the loss, or None without a closure.
@@ -196,32 +196,30 @@ class ZClipOptimizer(Optimizer):
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Closure | None = None) -> Any:
-        if closure is None:
-            return self.base_optimizer.step() if self.clipper.clip_(self.param_groups) else None
+        if closure is not None:
+            return self._step_with(closure)
+        return self.base_optimizer.step() if self.clipper.clip_(self.param_groups) else None
+
+    def _step_with(self, closure: Closure) -> Any:
+        start = [p.detach().clone() for p in self._params()] if self._probes else []
+        clipping = _ClippingClosure(self, closure)
         try:
-            return self.base_optimizer.step(self._clipping(closure))
+            result = self.base_optimizer.step(clipping)
         except _SkipStep as skipped:
             return skipped.loss
-
-    def _clipping(self, closure: Closure) -> Closure:
-        """The closure, clipping the gradients that it leaves behind."""
-        versions = [p._version for p in self._params()]
-        first = True
-
-        def clipping_closure() -> Any:
-            nonlocal first
-            with torch.enable_grad():
-                loss = closure()
-            may_step = self.clipper.clip_(self.param_groups, new_step=first)
-            if first and not may_step:
-                if [p._version for p in self._params()] == versions:
-                    raise _SkipStep(loss)
-                # SAM and its kin have moved the parameters and must be let go on to move them back.
-                zero_gradients_(collect_gradients(self._params()))
-            first = False
-            return loss
-
-        return clipping_closure
+        self._probes |= clipping.moved
+        if not clipping.evaluations:
+            name = type(self.base_optimizer).__name__
+            self.clipper.health.warn(
+                "closure", f"{name} did not call the closure that its step() was given, so nothing was clipped there"
+            )
+        if clipping.poisoned:
+            with torch.no_grad():
+                for p, value in zip(self._params(), start, strict=False):
+                    p.copy_(value)
+        if clipping.error is not None:
+            raise clipping.error
+        return result
 
     def _params(self) -> Iterator[torch.Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -271,14 +269,55 @@ class ZClipOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Drops hooks, as torch does, and a step() that a scheduler patched, which would step this object."""
-        return {"base_optimizer": self.base_optimizer, "clipper": self.clipper}
+        return {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_hook_dicts()
 
     def __repr__(self) -> str:
+        self.clipper.publish(self.param_groups)
         return f"{type(self).__name__} (\n{self.clipper!r}\n{self.base_optimizer!r}\n)"
+
+
+class _ClippingClosure:
+    """A closure that clips the gradients it leaves behind, for one step of a base optimizer.
+
+    A first evaluation that is not finite leaves the step at once. An optimizer that has moved the parameters by then
+    (SAM always, LBFGS from its second evaluation on) is in the middle of something: it gets zero gradients, ends its
+    step, and the parameters are put back afterwards.
+    """
+
+    def __init__(self, optimizer: ZClipOptimizer, closure: Closure) -> None:
+        self.optimizer, self.closure = optimizer, closure
+        self.versions = self._versions()
+        self.evaluations = 0
+        self.moved = False
+        self.poisoned = False
+        self.error: NonFiniteGradientError | None = None
+
+    def __call__(self) -> Any:
+        with torch.enable_grad():
+            loss = self.closure()
+        self.moved |= self._versions() != self.versions
+        may_step = self._clip()
+        self.evaluations += 1
+        if not may_step:
+            if not self.moved:
+                raise self.error or _SkipStep(loss)
+            self.poisoned = True
+            zero_gradients_(collect_gradients(self.optimizer._params()))
+        return loss
+
+    def _clip(self) -> bool:
+        try:
+            return self.optimizer.clipper.clip_(self.optimizer.param_groups, new_step=self.evaluations == 0)
+        except NonFiniteGradientError as error:
+            self.error = error
+            return False
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in self.optimizer._params()]
 
 
 class _SkipStep(Exception):  # noqa: N818
@@ -309,9 +348,13 @@ def _check_base_optimizer(base_optimizer: Any) -> None:
         raise ValueError("base_optimizer must not have differentiable=True: clipping writes to the gradients in place")
 
 
-def _find_param_groups(state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All param groups in a state dict; some wrappers nest them one or more levels down."""
-    if isinstance(state_dict.get("param_groups"), list):
-        return list(state_dict["param_groups"])
-    nested = [value for key, value in state_dict.items() if isinstance(value, Mapping) and key != "state"]
+def _find_param_groups(state_dict: Any) -> list[dict[str, Any]]:
+    """All param groups in a state dict; some wrappers nest state dicts in dicts or lists."""
+    if isinstance(state_dict, Mapping):
+        if "param_groups" in state_dict:
+            groups = state_dict["param_groups"]
+            return groups if isinstance(groups, list) else [groups]
+        nested = [value for key, value in state_dict.items() if key != "state"]  # which may be as large as the model
+    else:
+        nested = list(state_dict) if isinstance(state_dict, (list, tuple)) else []
     return [group for value in nested for group in _find_param_groups(value)]

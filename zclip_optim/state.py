@@ -9,6 +9,7 @@ from zclip_optim.zclip import NormStats
 
 VERSION = 1
 LARGEST_COUNT = 2**63 - 1
+OTHER_SCOPE = " (statistics of one scope mean nothing to the other; without the zclip_ keys they start afresh)"
 
 
 class Counters(NamedTuple):
@@ -31,13 +32,15 @@ def to_flat(stats: NormStats, counters: Counters, scope: str) -> dict[str, Any]:
     return {f"zclip_{name}": value for name, value in fields.items()}
 
 
-def from_flat(groups: Sequence[Mapping[str, Any]], scope: str) -> SavedState | None:
-    """The state that `groups` carry; None if they carry none.
+def from_flat(groups: Any, scope: str) -> SavedState | None:
+    """The state that `groups`, a list of dicts from a checkpoint, carry; None if they carry none.
 
     Raises:
         ValueError: a value is missing or malformed, of another version or scope, or differs between groups that share
             it; names the key.
     """
+    if not isinstance(groups, Sequence) or not all(isinstance(group, Mapping) for group in groups):
+        raise ValueError(f"the param groups of a checkpoint must be a list of dicts, got {_show(groups)}")
     if not any(str(key).startswith("zclip_") for group in groups for key in group):
         return None
     parsed = [_parse_group(group, i, scope) for i, group in enumerate(groups)]
@@ -53,7 +56,7 @@ def from_flat(groups: Sequence[Mapping[str, Any]], scope: str) -> SavedState | N
 def _parse_group(group: Mapping[str, Any], index: int, scope: str) -> tuple[NormStats, Counters]:
     def take(name: str, is_valid: Callable[[Any], bool], expected: str) -> Any:
         if f"zclip_{name}" not in group:
-            raise ValueError(f"param_groups[{index}] of the checkpoint holds ZClip statistics without zclip_{name}")
+            raise ValueError(f"saved param_groups[{index}] has no zclip_{name}, though there are zclip_ keys beside it")
         value = group[f"zclip_{name}"]
         if not is_valid(value):
             _refuse(name, index, value, expected)
@@ -66,13 +69,13 @@ def _parse_group(group: Mapping[str, Any], index: int, scope: str) -> tuple[Norm
         return int(take(name, _is_count, "an integer >= 0"))
 
     take("version", lambda v: _is_count(v) and v == VERSION, f"{VERSION}, the version that this zclip_optim reads")
-    take("scope", lambda v: isinstance(v, str) and v == scope, f"{scope!r}, the scope of this optimizer")
+    take("scope", lambda v: isinstance(v, str) and v == scope, f"{scope!r} as here{OTHER_SCOPE}")
     stats = NormStats(number("mean"), number("var"), count("step"), count("streak"), count("clipped_steps"))
     return stats, Counters(*(count(name) for name in Counters._fields))
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= value <= sys.float_info.max  # type: ignore[operator]
+    return isinstance(value, (int, float)) and type(value) is not bool and 0 <= value <= sys.float_info.max
 
 
 def _is_count(value: object) -> bool:
@@ -80,7 +83,7 @@ def _is_count(value: object) -> bool:
 
 
 def _refuse(name: str, index: int, value: object, expected: str) -> None:
-    raise ValueError(f"zclip_{name} in param_groups[{index}] of the checkpoint must be {expected}; got {_show(value)}")
+    raise ValueError(f"zclip_{name} in saved param_groups[{index}] must be {expected}; got {_show(value)}")
 
 
 def _show(value: object) -> str:

@@ -18,6 +18,7 @@ References:
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -29,6 +30,7 @@ import torch
 Scalar: TypeAlias = Any  # a Python number, or a 0-d tensor on the gradients' device
 Select: TypeAlias = Callable[[Any, Any, Any], Any]
 
+LARGEST: Any = sys.float_info.max
 TINY = 2.0**-126  # stands in for a z-score denominator of 0; a normal number in float32 too
 
 
@@ -89,7 +91,7 @@ class ZClipConfig:
         value = getattr(self, name)
         if value is None and optional:
             return
-        is_real = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        is_real = isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= LARGEST)
         self._check(name, is_real and in_range(value), expected + (" or None" if optional else ""))
         object.__setattr__(self, name, float(value))
 
@@ -202,7 +204,7 @@ def _spike_threshold(z: Scalar, mean: Scalar, std: Scalar, config: ZClipConfig) 
         return mean + config.z_thresh * std
     if config.clip_option == "mean":
         return mean
-    xi = config.z_thresh**2 / z
+    xi = config.z_thresh * (config.z_thresh / z)
     return mean + config.clip_factor * xi * std
 
 
