@@ -164,6 +164,8 @@ class TestNonFinite:
         with pytest.raises(NonFiniteGradientError, match="is nan, after 1 finite steps, for 3 in a row"):
             clipper.step([p])
         assert clipper.metrics.skipped_steps == 5
+        with pytest.raises(NonFiniteGradientError, match="for 4 in a row"):
+            clipper.step([p])
 
     def test_never_raises_when_told_so(self):
         clipper = ZClip(max_consecutive_nonfinite=None)

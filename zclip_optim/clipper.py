@@ -139,7 +139,8 @@ class ZClip:
         self._counters = Counters(self._counters.skipped_steps + skipped, streak)
         self._last = self._last._replace(skipped=skipped)
         self.health.check_nonfinite(streak)
-        if self.config.nonfinite == "raise" or (skipped and streak == self.config.max_consecutive_nonfinite):
+        limit = self.config.max_consecutive_nonfinite or math.inf
+        if self.config.nonfinite == "raise" or (skipped and streak >= limit):
             raise NonFiniteGradientError(
                 f"the gradient norm is {norm}, after {self._stats[0].step} finite steps, for {streak} in a row; "
                 f"gradients with NaN or infinite elements: {describe_nonfinite(param_groups)}"

@@ -18,7 +18,6 @@ References:
 """
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -30,8 +29,14 @@ import torch
 Scalar: TypeAlias = Any  # a Python number, or a 0-d tensor on the gradients' device
 Select: TypeAlias = Callable[[Any, Any, Any], Any]
 
-LARGEST: Any = sys.float_info.max
 TINY = 2.0**-126  # stands in for a z-score denominator of 0; a normal number in float32 too
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +96,7 @@ class ZClipConfig:
         value = getattr(self, name)
         if value is None and optional:
             return
-        is_real = isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= LARGEST)
+        is_real = isinstance(value, Real) and not isinstance(value, bool) and _is_finite(value)
         self._check(name, is_real and in_range(value), expected + (" or None" if optional else ""))
         object.__setattr__(self, name, float(value))
 
