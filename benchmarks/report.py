@@ -6,9 +6,12 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -109,6 +112,11 @@ def format_table(summaries: Sequence[Summary]) -> str:
         }
         for s in summaries
     ]
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows with the same keys as a table: the first column names the row, the others are figures."""
     right = ("right",) * (len(rows[0]) - 1)
     return tabulate(rows, headers="keys", tablefmt="github", colalign=("left", *right), disable_numparse=True)
 
@@ -123,6 +131,23 @@ def notes(config: TrainConfig) -> str:
             f"corrupted: {len(config.schedule)} of {config.steps} batches, the same ones for every method",
         )
     )
+
+
+def progress_interval() -> float:
+    """Seconds between two looks of a progress bar; a log file needs fewer lines than a terminal."""
+    return 0.5 if sys.stderr.isatty() else 10.0
+
+
+def heading(name: str, seeds: Iterable[int], *packages: str) -> dict[str, object]:
+    """How every result file begins: the command, the machine, the versions (of `packages` too) and the seeds."""
+    versions = {package: version(package) for package in ("torch", "zclip_optim", *packages)}
+    return {
+        "name": name,
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "machine": machine(),
+        "versions": {"python": platform.python_version()} | versions,
+        "seeds": list(seeds),
+    }
 
 
 def machine() -> dict[str, str | int | None]:
@@ -141,6 +166,11 @@ def cpu_name() -> str:
 def strict_json(value: object) -> str:
     """`value` as strict JSON on one line: what is not finite becomes null."""
     return json.dumps(finite(value), allow_nan=False)
+
+
+def write_json(path: Path, value: object) -> None:
+    """`value` as strict JSON, indented."""
+    path.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
 def finite(value: object) -> object:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -16,6 +18,9 @@ from benchmarks.methods import Method
 from benchmarks.model import PRESETS, LanguageModel, ModelConfig
 
 DIVERGED_AFTER = 10  # non-finite losses in a row that end a run
+
+# Called between backward and the method's step with the step (from 0) and the parameters, to change their gradients.
+Injection = Callable[[int, Sequence[nn.Parameter]], None]
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class TrainConfig:
     eps: float = 1e-7
     weight_decay: float = 0.01
     held_out_batches: int = 64
+    corrupt: bool = True  # whether some batches are
 
     @property
     def model(self) -> ModelConfig:
@@ -47,7 +53,7 @@ class TrainConfig:
     @property
     def schedule(self) -> dict[int, str]:
         """The corrupted steps, none of them in the warm-up."""
-        return bad_shard(self.steps, first=self.warmup_steps)
+        return bad_shard(self.steps, first=self.warmup_steps) if self.corrupt else {}
 
     def lr_factor(self, step: int) -> float:
         """Share of the peak rate at `step` (from 0): linear up, then a cosine down to `final_lr_share`."""
@@ -94,24 +100,38 @@ class Run:
         )
         self.stepper = method.start(self.model, adamw)
         self.scheduler = LambdaLR(self.stepper.optimizer, config.lr_factor)
+        self.taken = 0  # steps
 
-    def steps(self) -> Iterator[StepRecord]:
-        """Trains, one record per step; ends early when the loss stays non-finite."""
+    def steps(self, stop: int | None = None, injection: Injection | None = None) -> Iterator[StepRecord]:
+        """Trains on, one record per step; ends early when the loss stays non-finite.
+
+        Args:
+            stop: steps taken in all when it ends; None for all of the config's.
+            injection: changes the gradients before the method sees them.
+        """
         broken = 0
-        for step in range(self.config.steps):
-            record = self._step(step)
+        for step in range(self.taken, self.config.steps if stop is None else stop):
+            record = self._step(step, injection)
+            self.taken = step + 1
             yield record
             broken = 0 if math.isfinite(record.loss) else broken + 1
             if broken == DIVERGED_AFTER:
                 return
 
-    def _step(self, step: int) -> StepRecord:
+    def fork(self) -> Run:
+        """A copy that goes its own way from here: model, optimizer, method and scheduler, but not the data."""
+        shared = (self.method, self.config, self.batches)
+        return copy.deepcopy(self, {id(one): one for one in shared})
+
+    def _step(self, step: int, injection: Injection | None) -> StepRecord:
         window = self.batches.train(step)
         lr = self.scheduler.get_last_lr()[0]
         start = time.perf_counter()
         loss = self.model.loss(window)
         self.stepper.optimizer.zero_grad()
         loss.backward()
+        if injection is not None:
+            injection(step, list(self.model.parameters()))
         clipping = self.stepper.step()
         ms = 1e3 * (time.perf_counter() - start)
         self.scheduler.step()
@@ -128,5 +148,8 @@ class Run:
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """Mean loss, in nats per byte, on the held-out text."""
-        losses = [self.model.loss(window).item() for window in self.batches.held_out(self.config.held_out_batches)]
+        losses = [
+            self.model.loss(window).item()
+            for window in self.batches.held_out(min(self.config.held_out_batches, self.config.steps))
+        ]
         return math.fsum(losses) / len(losses)
