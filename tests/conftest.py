@@ -1,11 +1,15 @@
-"""Prints how many inner optimizers the run covered."""
+"""One thread, repeatable Hypothesis in CI, and a line on how many inner optimizers the run covered."""
 
 import os
 
 import hypothesis
+import torch
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("dev", deadline=None)
+torch.set_num_threads(
+    1
+)  # the tensors are tiny; a busy machine makes threads that wait for each other seven times slower
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 

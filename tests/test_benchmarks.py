@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import main
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -56,15 +58,41 @@ def test_own_data(tmp_path):
         (["--data", "{empty}"], "too little text"),
         (["--out", "{file}/below"], "cannot be written"),
         (["--nonsense"], "--nonsense"),
+        (["faults", "--steps", "1"], "steps"),
+        (["detector", "--seeds", "0"], "must be a whole number >= 1, got '0'"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(args, complaint, tmp_path):
+def test_wrong_input_is_one_line_and_exit_code_2(args, complaint, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    result = benchmarks(*(arg.format(empty=tmp_path / "empty", file=tmp_path / "file") for arg in args))
+    args = [arg.format(empty=tmp_path / "empty", file=tmp_path / "file") for arg in args]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *args])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert complaint in line
+
+
+def test_wrong_input_in_a_process_of_its_own():
+    result = benchmarks("--steps", "none")
     assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert complaint in result.stderr
+    assert result.stderr == "benchmarks: error: argument --steps: must be a whole number >= 1, got 'none'\n"
+
+
+def test_faults_in_short(tmp_path):
+    result = benchmarks("faults", "--steps", 4, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "faults.json").read_text())
+    survived = {(row["method"], row["fault"]): row["survived"] for row in summary["rows"]}
+    assert survived["zclip_optim", "nan"]
+    assert not survived["none", "nan"]
+
+
+def test_detector_in_short(tmp_path):
+    result = benchmarks("detector", "--steps", 300, "--seeds", 2, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "detector.json").read_text())["rows"]
 
 
 def test_help_names_every_option():

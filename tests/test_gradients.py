@@ -59,6 +59,15 @@ def test_norm_is_that_of_float64(make):
     assert gradient_norm(gradients) == pytest.approx(expected, rel=1e-6, abs=0)
 
 
+def test_norm_does_not_depend_on_the_number_of_threads():
+    gradients = [torch.randn(3 * CHUNK + 7), torch.randn(100, 100)]
+    one = gradient_norm(gradients)
+    torch.set_num_threads(2)
+    two = gradient_norm(gradients)
+    torch.set_num_threads(1)
+    assert two == pytest.approx(one, rel=1e-9)
+
+
 def test_norm_of_nothing_and_of_zeros():
     assert gradient_norm([]) == 0
     assert gradient_norm([torch.zeros(3), torch.zeros(CHUNK), torch.zeros(0)]) == 0
