@@ -126,7 +126,7 @@ class ZClip:
     def _record(self, norms: list[float], decisions: list[Decision], finite: bool) -> None:
         self._stats = [decision.stats for decision in decisions]
         self._last = _Step(norms, decisions, skipped=False)
-        if finite:
+        if finite and self._counters.nonfinite_streak:
             self._counters = self._counters._replace(nonfinite_streak=0)
         self.health.check(self._stats_before, self._stats)
 

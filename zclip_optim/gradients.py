@@ -88,8 +88,9 @@ def _sum_of_squares(gradients: Iterable[Tensor]) -> float:
 
 def _batch_sum_of_squares(batch: list[Tensor]) -> float:
     dtype = torch.promote_types(batch[0].dtype, torch.float32)
-    if len(batch) <= FEW and sum(values.numel() for values in batch) <= SMALL:
-        return float(torch.linalg.vector_norm(torch.cat([values.reshape(-1) for values in batch]), dtype=dtype)) ** 2
+    if len(batch) <= FEW and sum([values.numel() for values in batch]) <= SMALL // 2:
+        values = torch.cat([values.reshape(-1) for values in batch]).to(dtype)
+        return float(values.dot(values))
     return _dot(torch.stack(torch._foreach_norm(batch, dtype=dtype)))
 
 

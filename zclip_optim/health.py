@@ -23,20 +23,27 @@ class Health:
 
     def __init__(self, config: ZClipConfig) -> None:
         self.config = config
+        self._impatient = None if config.patience is None else config.patience + 1
         self._said: set[str] = set()
         self._window_starts: dict[int, NormStats] = {}
 
     def check(self, before: Sequence[NormStats], after: Sequence[NormStats]) -> None:
         """Warn if the statistics before and after one step, one `NormStats` per scope, give reason to."""
         for scope, (old, new) in enumerate(zip(before, after, strict=True)):
-            if new.step != old.step:
-                where = f" in param group {scope}" if self.config.scope == "group" else ""
-                self._check_warm_up(new, where)
-                self._check_regime(new, where)
-                self._check_clip_rate(scope, old, new, where)
+            if new.step == old.step:
+                continue
+            if new.step == self.config.warmup_steps:
+                self._check_warm_up(new, self._where(scope))
+            if new.streak == self._impatient:
+                self._warn_of_regime(new, self._where(scope))
+            if new.step % WINDOW == 0 or old.step == 0:
+                self._check_clip_rate(scope, old, new)
+
+    def _where(self, scope: int) -> str:
+        return f" in param group {scope}" if self.config.scope == "group" else ""
 
     def _check_warm_up(self, stats: NormStats, where: str) -> None:
-        if stats.step == self.config.warmup_steps > 1 and stats.var**0.5 <= NO_SPREAD * stats.mean:
+        if stats.step > 1 and stats.var**0.5 <= NO_SPREAD * stats.mean:
             self.warn(
                 "warm-up",
                 f"all {stats.step} gradient norms of the warm-up{where} were {stats.mean:.4g}: probably they were "
@@ -44,16 +51,15 @@ class Health:
                 "max_grad_norm or gradient_clip_val, clip_grad_norm_ in a loop)",
             )
 
-    def _check_regime(self, stats: NormStats, where: str) -> None:
-        if self.config.patience is not None and stats.streak == self.config.patience + 1:
-            self.warn(
-                "regime",
-                f"more than patience={self.config.patience} spikes in a row{where}: a new regime of the gradient norm "
-                f"was accepted at step {stats.step}, and its mean, now {stats.mean:.4g}, follows. If the run is "
-                "diverging, lower the learning rate; a larger patience waits longer, patience=None for ever",
-            )
+    def _warn_of_regime(self, stats: NormStats, where: str) -> None:
+        self.warn(
+            "regime",
+            f"more than patience={self.config.patience} spikes in a row{where}: a new regime of the gradient norm was "
+            f"accepted at step {stats.step}, and its mean, now {stats.mean:.4g}, follows. If the run is diverging, "
+            "lower the learning rate; a larger patience waits longer, patience=None for ever",
+        )
 
-    def _check_clip_rate(self, scope: int, old: NormStats, new: NormStats, where: str) -> None:
+    def _check_clip_rate(self, scope: int, old: NormStats, new: NormStats) -> None:
         if old.step == 0:
             self._window_starts[scope] = old
         if new.step % WINDOW == 0:
@@ -62,9 +68,9 @@ class Health:
             if new.step - start.step == WINDOW and clipped > HIGH_CLIP_RATE * WINDOW:
                 self.warn(
                     "clip rate",
-                    f"{clipped} of the last {WINDOW} steps{where} were clipped, at step {new.step}: the learning rate "
-                    f"may be too high, or z_thresh={self.config.z_thresh:.3g} too low for the spread of these norms "
-                    f"(mean {new.mean:.4g}, std {new.var**0.5:.4g})",
+                    f"{clipped} of the last {WINDOW} steps{self._where(scope)} were clipped, at step {new.step}: the "
+                    f"learning rate may be too high, or z_thresh={self.config.z_thresh:.3g} too low for the spread of "
+                    f"these norms (mean {new.mean:.4g}, std {new.var**0.5:.4g})",
                 )
             self._window_starts[scope] = new
 
