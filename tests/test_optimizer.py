@@ -247,6 +247,10 @@ class TestClosure:
             optimizer.step(poisoned)
         assert optimizer.step_was_skipped
         assert torch.equal(parameters(model), before)
+        closure()
+        optimizer.step(closure)  # the momentum, too, must have been left clean
+        assert parameters(model).isfinite().all()
+        assert not torch.equal(parameters(model), before)
 
     @pytest.mark.parametrize("search", [None, "strong_wolfe"])
     @pytest.mark.parametrize("nonfinite", ["skip", "raise", "pass"])
