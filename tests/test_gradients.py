@@ -113,8 +113,8 @@ def test_a_coefficient_of_one_touches_nothing():
 def test_gradients_are_collected_once_and_only_where_they_exist():
     tied, without = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     tied.grad = torch.ones(2)
-    assert collect_gradients([tied, without, tied]) == [tied.grad]
-    assert collect_gradients([without]) == []
+    assert collect_gradients([{"params": [tied, without]}, {"params": [tied]}]) == [tied.grad]
+    assert collect_gradients([{"params": [without]}]) == []
 
 
 def parameter(shape, bad=None):

@@ -84,7 +84,7 @@ def run(case, model, optimizer, steps, clip=lambda: None):
 def run_clipped_by_hand(case, model, optimizer, steps):
     @torch.no_grad()
     def clip():
-        gradients = collect_gradients(p for group in optimizer.param_groups for p in group["params"])
+        gradients = collect_gradients(optimizer.param_groups)
         norm = gradient_norm(gradients)
         for gradient in gradients if norm > CAP else []:
             gradient.mul_(CAP / norm)

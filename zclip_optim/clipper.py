@@ -3,17 +3,27 @@
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from zclip_optim.device import DeviceState
 from zclip_optim.distributed import ProcessGroups, as_groups, global_norms, refuse_unknown_shards
-from zclip_optim.gradients import collect_gradients, describe_nonfinite, gradient_norm, scale_gradients_
+from zclip_optim.fused import hand_scale, hand_skip
+from zclip_optim.gradients import (
+    collect_gradients,
+    describe_nonfinite,
+    device_norm,
+    gradient_norm,
+    scale_gradients_,
+    stays_on_device,
+)
 from zclip_optim.health import Health
 from zclip_optim.metrics import ClipMetrics, combine
-from zclip_optim.state import Counters, SavedState, from_flat, to_flat
-from zclip_optim.zclip import Decision, NormStats, ZClipConfig, decide
+from zclip_optim.state import Counters, SavedState, StepRecord, from_flat, to_flat
+from zclip_optim.zclip import NormStats, ZClipConfig, decide
 
 ParamGroups = Sequence[dict[str, Any]]
 
@@ -49,15 +59,14 @@ class ZClip:
         Kumar, Owen, Roy Chowdhury, Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", arXiv:2504.02507.
     """
 
-    _stats: list[NormStats]
-    _stats_before: list[NormStats]
-    _counters: Counters
-    _last: "_Step"
-
     def __init__(self, *, process_group: ProcessGroups = None, **options: Any) -> None:
         self.config = ZClipConfig(**options)
         self._groups = as_groups(process_group)
         self.health = Health(self.config)
+        self.handed_over = False
+        self._device_state: DeviceState | None = None
+        self._unread = False  # the device is ahead of the records here
+        self._records: list[StepRecord] = []
         self.restore(None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ZClip":
@@ -82,75 +91,153 @@ class ZClip:
             NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
         """
         self.clip_(_as_param_groups(model_or_parameters))
-        return math.hypot(*self._last.norms)
+        return math.hypot(*(record.norm for record in self._read()))
 
-    def clip_(self, param_groups: ParamGroups, *, new_step: bool = True) -> bool:
+    def clip_(self, param_groups: ParamGroups, *, new_step: bool = True, optimizer: Any = None) -> bool:
         """Clip the gradients of param groups in place; returns whether the optimizer may step.
 
         Args:
             param_groups: as in an optimizer.
             new_step: False for a further evaluation within the same step (a closure called again): it is clipped by the
                 statistics that this step began with and changes neither them nor the metrics.
+            optimizer: the one that steps next. If its kernels can scale gradients on an accelerator, and skip, that is
+                left to them; then `handed_over` is True, and `fused.take_back` is due after the step.
         """
         if torch.compiler.is_compiling():  # else it would be compiled anew for every value of its floats
-            return bool(torch.compiler.disable(self._clip)(param_groups, new_step))  # type: ignore[no-untyped-call]
-        return self._clip(param_groups, new_step)
+            return bool(torch.compiler.disable(self._clip)(param_groups, new_step, optimizer))  # type: ignore[no-untyped-call]
+        return self._clip(param_groups, new_step, optimizer)
 
-    @torch.no_grad()
-    def _clip(self, param_groups: ParamGroups, new_step: bool) -> bool:
+    def _clip(self, param_groups: ParamGroups, new_step: bool, optimizer: Any) -> bool:
         scopes = [param_groups] if self.config.scope == "global" else [[group] for group in param_groups]
-        norms, gradients = self._measure([[p for group in scope for p in group["params"]] for scope in scopes])
-        total = math.hypot(*norms)
-        finite = math.isfinite(total)
-        if new_step:
-            self._stats_before = self._stats_of(len(scopes))
+        gradients = [collect_gradients(scope) for scope in scopes]
+        device = self._accelerator(gradients)
+        if device is None:
+            return self._clip_on_host(gradients, param_groups, new_step)
+        with torch.no_grad():
+            return self._clip_on_device(gradients, device, param_groups, new_step, optimizer)
+
+    def _accelerator(self, gradients: list[list[Tensor]]) -> torch.device | None:
+        """The device that this step stays on; None for the CPU."""
+        for scope in gradients:
+            if scope:
+                return scope[0].device if stays_on_device(scope[0]) else None
+        return None if self._device_state is None else self._device_state.values.device
+
+    def _clip_on_host(self, gradients: list[list[Tensor]], param_groups: ParamGroups, new_step: bool) -> bool:
+        norms = self._over_ranks([gradient_norm(scope) for scope in gradients], param_groups)
+        total = norms[0] if len(norms) == 1 else math.hypot(*norms)
+        finite = total < math.inf
+        records = self._records_of(len(norms))
+        self._device_state = None
+        stats = [record.decision.stats if new_step else record.before for record in records]
         # If the norm of one scope is not finite, the step is not taken and the statistics of none move.
-        decisions = [
-            decide(norm if finite else total, stats, self.config)
-            for norm, stats in zip(norms, self._stats_before, strict=True)
-        ]
-        for scope_gradients, decision in zip(gradients, decisions, strict=True):
-            scale_gradients_(scope_gradients, decision.clip_coef)
+        fed = norms if finite else [total] * len(norms)
+        decisions = [decide(norm, one, self.config) for norm, one in zip(fed, stats, strict=True)]
+        for scope, decision in zip(gradients, decisions, strict=True):
+            if decision.clip_coef != 1:
+                scale_gradients_(scope, decision.clip_coef)
         if new_step:
-            self._record(norms, decisions, finite)
+            counters = records[0].counters
+            if finite and counters.nonfinite_streak:
+                counters = counters._replace(nonfinite_streak=0)
+            self._records = [
+                StepRecord(one, norm, decision, False, counters)
+                for one, norm, decision in zip(stats, norms, decisions, strict=True)
+            ]
+            self.health.check(records, self._records)
         return finite or self._accept_nonfinite(total, param_groups, new_step)
 
-    def _measure(self, scopes: list[list[Tensor]]) -> tuple[list[float], list[list[Tensor]]]:
-        """For each scope, a list of parameters: the norm over all ranks, and the gradients in this process."""
-        for params in scopes:
-            refuse_unknown_shards(params, self._groups)
-        gradients = [collect_gradients(params) for params in scopes]
-        device = next((p.device for params in scopes for p in params), torch.device("cpu"))
-        return global_norms([gradient_norm(scope) for scope in gradients], self._groups, device), gradients
-
-    def _record(self, norms: list[float], decisions: list[Decision], finite: bool) -> None:
-        self._stats = [decision.stats for decision in decisions]
-        self._last = _Step(norms, decisions, skipped=False)
-        if finite and self._counters.nonfinite_streak:
-            self._counters = self._counters._replace(nonfinite_streak=0)
-        self.health.check(self._stats_before, self._stats)
+    def _over_ranks(self, norms: Any, param_groups: ParamGroups) -> Any:
+        """The norms over all ranks, of those in this process."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return norms
+        params = [p for group in param_groups for p in group["params"]]
+        refuse_unknown_shards(params, self._groups)
+        return global_norms(norms, self._groups, params[0].device if params else torch.device("cpu"))
 
     def _accept_nonfinite(self, norm: float, param_groups: ParamGroups, new_step: bool) -> bool:
         """Count a norm that is not finite, once per step; whether the step may be taken all the same."""
-        if not new_step and self._last.skipped:
+        *_, was_skipped, (skipped_steps, streak) = self._records[0]
+        if not new_step and was_skipped:
             return False
-        skipped = self.config.nonfinite != "pass"
-        streak = self._counters.nonfinite_streak + 1
-        self._counters = Counters(self._counters.skipped_steps + skipped, streak)
-        self._last = self._last._replace(skipped=skipped)
+        skips = self.config.nonfinite != "pass"
+        counters = Counters(skipped_steps + skips, streak + 1)
+        self._records = [record._replace(skipped=skips, counters=counters) for record in self._records]
+        self._answer_for_nonfinite(norm, param_groups)
+        return not skips
+
+    def _answer_for_nonfinite(self, norm: float, param_groups: ParamGroups) -> None:
+        """Warn of norms that are not finite, or raise, as configured."""
+        streak = self._records[0].counters.nonfinite_streak
         self.health.check_nonfinite(streak)
-        limit = self.config.max_consecutive_nonfinite or math.inf
-        if self.config.nonfinite == "raise" or (skipped and streak >= limit):
+        if self.config.nonfinite == "raise" or (self.config.nonfinite == "skip" and streak >= self._limit):
+            steps = self._records[0].decision.stats.step
             raise NonFiniteGradientError(
-                f"the gradient norm is {norm}, after {self._stats[0].step} finite steps, for {streak} in a row; "
+                f"the gradient norm is {norm}, after {steps} finite steps, for {streak} in a row; "
                 f"gradients with NaN or infinite elements: {describe_nonfinite(param_groups)}"
             )
-        return not skipped
+
+    @property
+    def _limit(self) -> float:
+        return self.config.max_consecutive_nonfinite or math.inf
+
+    def _clip_on_device(
+        self,
+        gradients: list[list[Tensor]],
+        device: torch.device,
+        param_groups: ParamGroups,
+        new_step: bool,
+        optimizer: Any,
+    ) -> bool:
+        norms = self._over_ranks(torch.stack([device_norm(scope, device) for scope in gradients]), param_groups)
+        state = self._state_on(device, len(norms))
+        coefs, failed = state.step(norms, self.config, new_step)
+        self._unread = True
+        self.handed_over = len(norms) == 1 and hand_scale(optimizer, coefs)
+        if not self.handed_over:
+            for scope, coef in zip(gradients, coefs.unbind(), strict=True):
+                scale_gradients_(scope, coef)
+        if self.config.nonfinite == "pass" or (self._may_hand_skip() and hand_skip(optimizer, failed)):
+            return True
+        if not failed.item():  # the one thing that is ever read back in a step
+            return True
+        self._read()
+        self._answer_for_nonfinite(math.hypot(*norms.tolist()), param_groups)
+        return False
+
+    def _may_hand_skip(self) -> bool:
+        """Not if this step may have to raise; how near `max_consecutive_nonfinite` is, reading the metrics tells."""
+        streak = self._records[0].counters.nonfinite_streak
+        return self.handed_over and self.config.nonfinite == "skip" and streak + 1 < self._limit
+
+    def _state_on(self, device: torch.device, n_scopes: int) -> DeviceState:
+        state = self._device_state
+        if state is None or state.values.device != device or state.values.shape[1] != n_scopes:
+            self._records = self._records_of(n_scopes)
+            state = self._device_state = DeviceState(self._records, device)
+        return state
+
+    def _read(self) -> list[StepRecord]:
+        """The records of the last step; on an accelerator this waits for it, once."""
+        if self._unread and self._device_state is not None:
+            before, self._records = self._records, self._device_state.read()
+            self._unread = False
+            self.health.check(before, self._records)
+            self.health.check_nonfinite(self._records[0].counters.nonfinite_streak)
+        return self._records
+
+    def _records_of(self, n_scopes: int) -> list[StepRecord]:
+        """One per scope; a param group that was added later starts afresh."""
+        records = self._read()
+        if len(records) != n_scopes:
+            new = StepRecord.before_any(NormStats(), records[0].counters)
+            records = (records + [new] * (n_scopes - len(records)))[:n_scopes]
+        return records
 
     @property
     def step_was_skipped(self) -> bool:
         """Whether the last norm was NaN or infinite, so that the optimizer must not step."""
-        return self._last.skipped
+        return bool(self._read()[0].skipped)
 
     @property
     def metrics(self) -> ClipMetrics:
@@ -161,12 +248,12 @@ class ZClip:
     @property
     def group_metrics(self) -> list[ClipMetrics]:
         """`ClipMetrics` of the last step, one per param group; a single one unless ``scope="group"``."""
-        return [self._describe(*pair) for pair in zip(self._last.norms, self._last.decisions, strict=True)]
+        return [self._describe(record) for record in self._read()]
 
-    def _describe(self, norm: float, decision: Decision) -> ClipMetrics:
-        stats = decision.stats
+    def _describe(self, record: StepRecord) -> ClipMetrics:
+        decision, stats = record.decision, record.decision.stats
         return ClipMetrics(
-            grad_norm=norm,
+            grad_norm=record.norm,
             clipped_norm=decision.clipped_norm,
             threshold=decision.threshold,
             z_score=decision.z_score,
@@ -174,10 +261,10 @@ class ZClip:
             mean=stats.mean,
             std=stats.var**0.5,
             clipped=decision.is_spike,
-            skipped=self._last.skipped,
+            skipped=record.skipped,
             step=stats.step,
             clipped_steps=stats.clipped_steps,
-            skipped_steps=self._counters.skipped_steps,
+            skipped_steps=record.counters.skipped_steps,
             clip_rate=self._clip_rate(stats),
             consecutive_clipped=stats.streak,
         )
@@ -190,7 +277,7 @@ class ZClip:
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics as plain Python scalars; hyperparameters are not saved."""
-        return {"groups": [to_flat(stats, self._counters, self.config.scope) for stats in self._stats]}
+        return {"groups": [self._to_flat(record) for record in self._read()]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the statistics that `state_dict` returned.
@@ -209,32 +296,22 @@ class ZClip:
 
     def restore(self, saved: SavedState | None) -> None:
         """Take over a parsed state; None starts afresh."""
-        self._stats, self._counters = saved or SavedState([NormStats()], Counters())
-        self._stats_before = self._stats
-        self._last = _Step.before_any(self._stats)
+        stats, counters = saved or SavedState([NormStats()], Counters())
+        self._records = [StepRecord.before_any(one, counters) for one in stats]
+        self._unread = False
+        if self._device_state is not None and self._device_state.values.shape[1] == len(stats):
+            self._device_state.write(self._records)
+        else:
+            self._device_state = None
 
     def publish(self, param_groups: ParamGroups) -> None:
         """Write the state into param groups, from where `parse_groups` reads it after a checkpoint."""
-        stats = self._stats_of(len(param_groups))
+        records = self._records_of(len(param_groups) if self.config.scope == "group" else 1)
         for i, group in enumerate(param_groups):
-            group.update(to_flat(stats[i if self.config.scope == "group" else 0], self._counters, self.config.scope))
+            group.update(self._to_flat(records[i if self.config.scope == "group" else 0]))
 
-    def _stats_of(self, n_scopes: int) -> list[NormStats]:
-        """One `NormStats` per scope; a param group that was added later starts afresh."""
-        return (self._stats + [NormStats()] * (n_scopes - len(self._stats)))[:n_scopes]
-
-
-class _Step(NamedTuple):
-    """What the last step was: one norm and one decision per scope."""
-
-    norms: list[float]
-    decisions: list[Decision]
-    skipped: bool
-
-    @staticmethod
-    def before_any(stats: Sequence[NormStats]) -> "_Step":
-        decisions = [Decision(1.0, math.nan, math.nan, math.nan, False, one) for one in stats]
-        return _Step([math.nan] * len(decisions), decisions, skipped=False)
+    def _to_flat(self, record: StepRecord) -> dict[str, Any]:
+        return to_flat(record.decision.stats, record.counters, self.config.scope)
 
 
 def _as_param_groups(model_or_parameters: Any) -> ParamGroups:

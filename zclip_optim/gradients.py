@@ -7,45 +7,75 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._nn import flatten_dense_tensors
 
 # torch accumulates a norm in float32, with a few running sums: over more than some thousand elements the last digits
-# drift (1e-3 over 25 M equal ones). Norms of short rows, summed in float64, stay under 1e-6 and run as fast.
+# drift (1e-3 over 25 M equal ones). Norms of short rows, normed again in float64, stay under 1e-6 and run as fast.
 ROW = 2**8
+SHORT = 6 * ROW  # elements, up to which one sum in float32 stays under it as well
+# Calls are what small gradients cost, so a batch of them is copied into one tensor. No other copy is made but of 16-bit
+# gradients, in float32, chunk by chunk.
 SMALL = 2**12
-FEW = 16  # so many small tensors are copied into one rather than normed one by one
-CHUNK = 2**20  # bounds the copy that is made of 16-bit gradients
+BATCH = 2**6
+CHUNK = 2**22
+COPIED_CHUNK = 2**20
 # Sums of squares below this may have lost elements to float32's underflow, even over 1e9 elements.
 SMALLEST_SUM = 1e-20
 
 
-def collect_gradients(params: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients of `params` that exist, those of tied parameters once."""
-    gradients = [p.grad for p in params if p.grad is not None]
+def collect_gradients(param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    """The gradients that the parameters of the groups have, those of tied parameters once."""
+    gradients = [gradient for group in param_groups for p in group["params"] if (gradient := p.grad) is not None]
     if len(set(map(id, gradients))) < len(gradients):
         gradients = list({id(g): g for g in gradients}.values())
     return gradients
+
+
+def stays_on_device(gradient: Tensor) -> bool:
+    """Whether a value computed from this gradient must not be read by the host in every step."""
+    return not gradient.is_cpu
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> float:
     """L2 norm over all elements of dense, sparse, real and complex tensors of any floating dtype and device.
 
     Accumulated in float32 or wider, and right also where the squares of the elements overflow or vanish in float32.
-    Reads every gradient once; an accelerator's sum is read back by the host, once for each dtype.
+    Reads every gradient once. For gradients on the CPU; one on an accelerator is read back.
     """
     total = _sum_of_squares(gradients)
     return math.sqrt(total) if SMALLEST_SUM < total < math.inf else _rescaled_norm(gradients)
 
 
-def scale_gradients_(gradients: Sequence[Tensor], coef: float) -> None:
-    """Multiply every gradient by `coef` in place; leaves the bits alone for a coefficient of 1."""
-    if coef == 1:
-        return
-    for gradient in gradients:
-        if gradient.is_cpu:  # where _foreach_mul_ would round the coefficient to a 16-bit dtype, and loop as well
-            gradient.mul_(coef)
-    on_accelerator = [gradient for gradient in gradients if not gradient.is_cpu]
-    if on_accelerator:
-        torch._foreach_mul_(on_accelerator, coef)
+def device_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """`gradient_norm` as a tensor without dimensions on `device`, for gradients on accelerators.
+
+    Nothing is read back (but by `coalesce` of sparse gradients). Accumulated in float64, where no square of a float32
+    overflows or vanishes; a device without float64 accumulates in float32.
+    """
+    dtype = wide_dtype(device)
+    batches = _by_device_and_dtype(map(_real_values, gradients))
+    norms = [norm.to(device) for batch in batches for norm in torch._foreach_norm(batch, 2, dtype)]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=dtype, device=device)
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating dtype of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@torch.no_grad()
+def scale_gradients_(gradients: Sequence[Tensor], coef: float | Tensor) -> None:
+    """Multiply every gradient by `coef` in place; a coefficient of 1 leaves the bits alone.
+
+    A tensor is rounded to the gradients' dtype first, which a number on the CPU is not.
+    """
+    if isinstance(coef, Tensor):
+        # A real factor is the same to a conjugate, which foreach functions do not take.
+        for batch in _by_device_and_dtype(g.conj() if g.is_conj() else g for g in gradients):
+            torch._foreach_mul_(batch, coef.to(batch[0].device, batch[0].dtype))
+    elif coef != 1:
+        for gradient in gradients:
+            gradient.mul_(coef)  # _foreach_mul_ would round to a 16-bit dtype
 
 
 def zero_gradients_(gradients: Sequence[Tensor]) -> None:
@@ -66,54 +96,68 @@ def describe_nonfinite(param_groups: Iterable[dict[str, Any]], limit: int = 10) 
     return ", ".join(found[:limit]) + more or "none in this process"
 
 
+def _by_device_and_dtype(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """What the foreach functions take in one kernel."""
+    batches: defaultdict[Any, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        batches[tensor.device, tensor.dtype].append(tensor)
+    return batches.values()
+
+
 def _real_values(gradient: Tensor) -> Tensor:
     if gradient.is_sparse:
         gradient = gradient.coalesce().values()
     return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 
-def _sum_of_squares(gradients: Iterable[Tensor]) -> float:
+def _sum_of_squares(gradients: Sequence[Tensor]) -> float:
+    small = [g for g in gradients if g.numel() <= SMALL and g.is_cpu and not g.is_sparse]
     total = 0.0
-    batches: defaultdict[Any, list[Tensor]] = defaultdict(list)  # small tensors, or an accelerator's: one call for many
-    for gradient in gradients:
-        values = _real_values(gradient) if gradient.is_sparse or gradient.is_complex() else gradient
-        if not values.is_cpu:
-            batches[values.device, values.dtype].append(values)
-        elif values.numel() > SMALL:
-            total += _large_sum_of_squares(values)
-        elif values.numel() > 0:
-            batches[values.dtype].append(values)
-    return sum(map(_batch_sum_of_squares, batches.values()), total)
-
-
-def _batch_sum_of_squares(batch: list[Tensor]) -> float:
-    dtype = torch.promote_types(batch[0].dtype, torch.float32)
-    if len(batch) <= FEW and sum([values.numel() for values in batch]) <= SMALL // 2:
-        values = torch.cat([values.reshape(-1) for values in batch]).to(dtype)
-        return float(values.dot(values))
-    return _dot(torch.stack(torch._foreach_norm(batch, dtype=dtype)))
-
-
-def _large_sum_of_squares(value: Tensor, divisor: float = 1.0) -> float:
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    flat = _flat(value)
-    total = 0.0
-    for start in range(0, flat.numel(), CHUNK):
-        chunk = flat[start : start + CHUNK].to(dtype).contiguous()
-        if divisor != 1:
-            chunk = chunk / divisor
-        end = chunk.numel() // ROW * ROW
-        total += _dot(torch.linalg.vector_norm(chunk[:end].view(-1, ROW), dim=1)) + _dot(chunk[end:])
+    for start in range(0, len(small), BATCH):
+        total += _sum_over(flatten_dense_tensors(small[start : start + BATCH]))
+    if len(small) < len(gradients):
+        done = set(map(id, small))
+        total += sum([_sum_over_one(g) for g in gradients if id(g) not in done])
     return total
 
 
-def _dot(values: Tensor) -> float:
-    values = values.cpu().double()  # in this order: not every accelerator has float64
-    return values.dot(values).item()
+def _sum_over_one(gradient: Tensor) -> float:
+    if gradient.is_cpu:
+        return _sum_over(_flat(gradient))
+    norm = float(device_norm([gradient], gradient.device))
+    return norm * norm
+
+
+def _sum_over(flat: Tensor, divisor: float = 1.0) -> float:
+    """Sum of the squares of a tensor of one dimension divided by `divisor`."""
+    if flat.dtype is torch.float32 and flat.numel() <= CHUNK and flat.is_contiguous() and divisor == 1:
+        return _sum_over_rows(flat)
+    flat = _real_values(flat).reshape(-1)
+    dtype = torch.promote_types(flat.dtype, torch.float32)
+    if flat.dtype == dtype and flat.is_contiguous() and divisor == 1:
+        return sum([_sum_over_rows(chunk) for chunk in torch.split(flat, CHUNK)])
+    return sum([_sum_over_rows(_divided(chunk.to(dtype), divisor)) for chunk in torch.split(flat, COPIED_CHUNK)])
+
+
+def _divided(chunk: Tensor, divisor: float) -> Tensor:
+    return chunk.contiguous() if divisor == 1 else chunk.contiguous() / divisor
+
+
+def _sum_over_rows(flat: Tensor) -> float:
+    size = flat.numel()
+    if size <= SHORT:
+        return float(flat.dot(flat).item())
+    whole = size - size % ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), 2, 1)
+    norm = torch.linalg.vector_norm(rows, dtype=torch.float64).item()
+    return float(norm * norm) + (_sum_over_rows(flat[whole:]) if whole < size else 0.0)
 
 
 def _flat(value: Tensor) -> Tensor:
     """All elements in one dimension, in memory order: a view unless the tensor has holes or repeats."""
+    if value.is_contiguous():
+        return value.view(-1)
+    value = _real_values(value)
     return value.permute(sorted(range(value.dim()), key=value.stride, reverse=True)).reshape(-1)
 
 
@@ -124,4 +168,4 @@ def _rescaled_norm(gradients: Iterable[Tensor]) -> float:
     peak = max(peaks, default=0.0)
     if peak == 0 or not all(map(math.isfinite, peaks)):
         return float(sum(peaks))
-    return peak * math.sqrt(sum(_large_sum_of_squares(value, peak) for value in values))
+    return peak * math.sqrt(sum(_sum_over(_flat(value), peak) for value in values))

@@ -1,5 +1,6 @@
 """Warnings about the failures that people meet, each kind once per run and without a word in between."""
 
+import math
 import os
 import sys
 import warnings
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from zclip_optim.state import StepRecord
 from zclip_optim.zclip import NormStats, ZClipConfig
 
 WINDOW = 200  # steps
@@ -19,25 +21,28 @@ class ZClipWarning(UserWarning):
 
 
 class Health:
-    """Watches the statistics go by. `check` compares two integers a few times on an ordinary step."""
+    """Watches the statistics go by: of every step, or, on an accelerator, of those after which they were read."""
 
     def __init__(self, config: ZClipConfig) -> None:
         self.config = config
-        self._impatient = None if config.patience is None else config.patience + 1
+        self._patience = math.inf if config.patience is None else config.patience
+        self._first_steps = max(config.warmup_steps, 1)
         self._said: set[str] = set()
         self._window_starts: dict[int, NormStats] = {}
 
-    def check(self, before: Sequence[NormStats], after: Sequence[NormStats]) -> None:
-        """Warn if the statistics before and after one step, one `NormStats` per scope, give reason to."""
-        for scope, (old, new) in enumerate(zip(before, after, strict=True)):
-            if new.step == old.step:
-                continue
-            if new.step == self.config.warmup_steps:
-                self._check_warm_up(new, self._where(scope))
-            if new.streak == self._impatient:
-                self._warn_of_regime(new, self._where(scope))
-            if new.step % WINDOW == 0 or old.step == 0:
-                self._check_clip_rate(scope, old, new)
+    def check(self, before: Sequence[StepRecord], after: Sequence[StepRecord]) -> None:
+        """Warn if what has happened between two steps, one record per scope, gives reason to."""
+        for scope, (old_record, new_record) in enumerate(zip(before, after, strict=True)):
+            old, new = old_record.decision.stats, new_record.decision.stats
+            if new.step // WINDOW > old.step // WINDOW or new.step <= self._first_steps or new.streak > self._patience:
+                self._check_scope(scope, old, new)
+
+    def _check_scope(self, scope: int, old: NormStats, new: NormStats) -> None:
+        if old.step < self.config.warmup_steps <= new.step:
+            self._check_warm_up(new, self._where(scope))
+        if old.streak <= self._patience < new.streak:
+            self._warn_of_regime(new, self._where(scope))
+        self._check_clip_rate(scope, old, new)
 
     def _where(self, scope: int) -> str:
         return f" in param group {scope}" if self.config.scope == "group" else ""
@@ -62,13 +67,13 @@ class Health:
     def _check_clip_rate(self, scope: int, old: NormStats, new: NormStats) -> None:
         if old.step == 0:
             self._window_starts[scope] = old
-        if new.step % WINDOW == 0:
+        if new.step // WINDOW > old.step // WINDOW:
             start = self._window_starts.get(scope, new)
-            clipped = new.clipped_steps - start.clipped_steps
-            if new.step - start.step == WINDOW and clipped > HIGH_CLIP_RATE * WINDOW:
+            steps, clipped = new.step - start.step, new.clipped_steps - start.clipped_steps
+            if steps >= WINDOW and clipped > HIGH_CLIP_RATE * steps:
                 self.warn(
                     "clip rate",
-                    f"{clipped} of the last {WINDOW} steps{self._where(scope)} were clipped, at step {new.step}: the "
+                    f"{clipped} of the last {steps} steps{self._where(scope)} were clipped, at step {new.step}: the "
                     f"learning rate may be too high, or z_thresh={self.config.z_thresh:.3g} too low for the spread of "
                     f"these norms (mean {new.mean:.4g}, std {new.var**0.5:.4g})",
                 )
@@ -77,7 +82,7 @@ class Health:
     def check_nonfinite(self, streak: int) -> None:
         """Warn if a streak of norms that are not finite has come half way to the limit."""
         limit = self.config.max_consecutive_nonfinite
-        if self.config.nonfinite == "skip" and limit is not None and limit > 1 and streak == (limit + 1) // 2:
+        if self.config.nonfinite == "skip" and limit is not None and limit > 1 and streak >= (limit + 1) // 2:
             self.warn(
                 "nonfinite",
                 f"the gradient norm was NaN or infinite for {streak} steps in a row, which were skipped; at "

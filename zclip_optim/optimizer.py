@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from zclip_optim.clipper import NonFiniteGradientError, ZClip
 from zclip_optim.distributed import ProcessGroups, refuse_unknown_shards
+from zclip_optim.fused import take_back
 from zclip_optim.gradients import collect_gradients, zero_gradients_
 from zclip_optim.metrics import ClipMetrics
 
@@ -183,6 +184,8 @@ class ZClipOptimizer(Optimizer):
         Raises:
             NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite`.
         """
+        if not self._optimizer_step_pre_hooks and not self._optimizer_step_post_hooks:
+            return self._step(closure)
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {}
         for pre_hook in self._optimizer_step_pre_hooks.values():
@@ -196,9 +199,14 @@ class ZClipOptimizer(Optimizer):
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Closure | None = None) -> Any:
-        if closure is not None:
-            return self._step_with(closure)
-        return self.base_optimizer.step() if self.clipper.clip_(self.param_groups) else None
+        base, clipper = self.base_optimizer, self.clipper
+        try:
+            if closure is not None:
+                return self._step_with(closure)
+            return base.step() if clipper.clip_(base.param_groups, optimizer=base) else None
+        finally:
+            if clipper.handed_over:
+                take_back(base)
 
     def _step_with(self, closure: Closure) -> Any:
         start = [p.detach().clone() for p in self._params()] if self._probes else []
@@ -306,12 +314,14 @@ class _ClippingClosure:
             if not self.moved:
                 raise self.error or _SkipStep(loss)
             self.poisoned = True
-            zero_gradients_(collect_gradients(self.optimizer._params()))
+            zero_gradients_(collect_gradients(self.optimizer.param_groups))
         return loss
 
     def _clip(self) -> bool:
         try:
-            return self.optimizer.clipper.clip_(self.optimizer.param_groups, new_step=self.evaluations == 0)
+            return self.optimizer.clipper.clip_(
+                self.optimizer.param_groups, new_step=self.evaluations == 0, optimizer=self.optimizer.base_optimizer
+            )
         except NonFiniteGradientError as error:
             self.error = error
             return False

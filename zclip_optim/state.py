@@ -1,11 +1,12 @@
 """The saved form of the statistics: flat Python scalars, which every checkpoint library carries in a param group."""
 
+import math
 import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from zclip_optim.zclip import NormStats
+from zclip_optim.zclip import Decision, NormStats, Scalar
 
 VERSION = 1
 LARGEST_COUNT = 2**63 - 1
@@ -15,8 +16,38 @@ OTHER_SCOPE = " (statistics of one scope mean nothing to the other; without the 
 class Counters(NamedTuple):
     """Steps counted for the optimizer as a whole, whatever the scope of the statistics."""
 
-    skipped_steps: int = 0
-    nonfinite_streak: int = 0
+    skipped_steps: Scalar = 0
+    nonfinite_streak: Scalar = 0
+
+
+class StepRecord(NamedTuple):
+    """What is known after a step: of one scope as numbers, or of all scopes as tensors with an element for each.
+
+    before: the statistics that the step began with. norm: over all ranks. decision: with the statistics that it led to.
+    skipped: whether the optimizer was kept from stepping. counters: of the optimizer as a whole.
+    """
+
+    before: NormStats
+    norm: Scalar
+    decision: Decision
+    skipped: Scalar
+    counters: Counters
+
+    @classmethod
+    def before_any(cls, stats: NormStats, counters: Counters) -> "StepRecord":
+        """Before the first step, here or since a checkpoint."""
+        return cls(stats, math.nan, Decision(1.0, math.nan, math.nan, math.nan, False, stats), False, counters)
+
+    def pack(self) -> list[Scalar]:
+        """All numbers in a row."""
+        return [*self.before, self.norm, *self.decision[:-1], *self.decision.stats, self.skipped, *self.counters]
+
+    @classmethod
+    def unpack(cls, row: Sequence[Scalar]) -> "StepRecord":
+        """The inverse of `pack`."""
+        before, norm, decision, stats, skipped, counters = row[:5], row[5], row[6:11], row[11:16], row[16], row[17:]
+        decided = Decision._make([*decision, NormStats(*stats)])
+        return cls(NormStats(*before), norm, decided, skipped, Counters(*counters))
 
 
 class SavedState(NamedTuple):

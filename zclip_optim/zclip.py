@@ -10,8 +10,8 @@ norm of their own (DeepSpeed and Megatron report one):
 >>> decision.is_spike, round(decision.clipped_norm, 3)
 (True, 1.108)
 
-The same lines run on Python floats and on 0-d tensors of one device; they differ in how a value is selected alone
-(`_select_number`, `_select_tensor`), so that on an accelerator the host never reads a value back.
+The same lines run on Python floats and on tensors; they differ in how a branch is taken alone (`_branch`, `_where`): on
+tensors both sides are computed and selected from, so that on an accelerator the host never reads a value back.
 
 References:
     Kumar, Owen, Roy Chowdhury, Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", arXiv:2504.02507.
@@ -22,12 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from statistics import NormalDist
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
-Scalar: TypeAlias = Any  # a Python number, or a 0-d tensor on the gradients' device
-Select: TypeAlias = Callable[[Any, Any, Any], Any]
+Scalar: TypeAlias = Any  # a Python number, or a tensor on the gradients' device with one element per scope
+T = TypeVar("T")
 
 TINY = 2.0**-126  # stands in for a z-score denominator of 0; a normal number in float32 too
 
@@ -147,18 +147,6 @@ class Decision(NamedTuple):
     stats: NormStats
 
 
-def _select_number(condition: bool, if_true: Any, if_false: Any) -> Any:
-    """`torch.where` for Python numbers, and for `NormStats` of them."""
-    return if_true if condition else if_false
-
-
-def _select_tensor(condition: torch.Tensor, if_true: Any, if_false: Any) -> Any:
-    """`torch.where`, also for `NormStats` of 0-d tensors."""
-    if isinstance(if_true, NormStats):
-        return NormStats(*(torch.where(condition, x, y) for x, y in zip(if_true, if_false, strict=True)))
-    return torch.where(condition, if_true, if_false)
-
-
 def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
     """Decide whether `norm` is a spike, what it is clipped to, and what the statistics become.
 
@@ -167,41 +155,68 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
     A norm that is zero, infinite or NaN is left alone (coefficient 1) and never enters the statistics.
 
     Args:
-        norm: global gradient norm g_t, >= 0; a float, or a 0-d floating-point tensor.
-        stats: statistics of the steps before; of the same kind and device as `norm`.
+        norm: global gradient norm g_t, >= 0; a float, or a floating-point tensor.
+        stats: statistics of the steps before; of the same kind, device and shape as `norm`.
         config: hyperparameters.
 
     Returns:
-        The `Decision`, of the same kind and device as `norm`.
+        The `Decision`, of the same kind, device and shape as `norm`.
     """
-    select: Select = _select_tensor if isinstance(norm, torch.Tensor) else _select_number
-    mean, var = stats.mean, stats.var
     usable = (norm > 0) & (norm < math.inf)
-    adaptive = stats.step >= config.warmup_steps
-    g = select(usable, norm, 1.0)  # every line below is computed on every step: no 0 / 0
+    return _branch(usable, _decide_usable, _leave_alone, norm, stats, config)
 
-    # z_t = (g_t - mu) / (sigma + eps mu)
-    std = var**0.5
-    scale = std + config.eps * mean
-    z = (g - mean) / select(scale > 0, scale, TINY)
-    is_spike = usable & adaptive & (z > config.z_thresh)
 
-    # g*_t is the threshold on a spike, else g_t; clip_factor > 1 can lift the threshold over g_t: nothing is scaled up
-    spike_threshold = _spike_threshold(select(is_spike, z, config.z_thresh), mean, std, config)
-    g_star = select(is_spike & (spike_threshold < g), spike_threshold, g)
-    cap = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    capped = select(g_star < cap, g_star, cap)
+def _decide_usable(g: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
+    return _branch(stats.step >= config.warmup_steps, _test, _collect, g, stats, config)
 
+
+def _leave_alone(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
+    limit = _branch(stats.step >= config.warmup_steps, _largest_ordinary, _infinite, stats, config)
+    return Decision(1.0, norm, limit, math.nan, False, stats)
+
+
+def _collect(g: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
+    """Warm-up: the exact mean and population variance of the norms so far; nothing is clipped but by the cap."""
+    mean, var, step, _, clipped_steps = stats
+    count = step + 1
+    new_mean = mean + (g - mean) / count
+    new_var = var + ((g - mean) * (g - new_mean) - var) / count
+    capped = _capped(g, config)
     return Decision(
-        clip_coef=select(usable, capped / g, 1.0),
-        clipped_norm=select(usable, capped, norm),
-        threshold=select(is_spike, spike_threshold, select(adaptive, mean + config.z_thresh * scale, math.inf)),
-        z_score=select(usable & adaptive, z, math.nan),
-        is_spike=is_spike,
-        stats=select(
-            usable, select(adaptive, _ema(g_star, is_spike, stats, config, select), _welford(g, stats)), stats
-        ),
+        capped / g, capped, math.inf, math.nan, False, NormStats(new_mean, new_var, count, 0, clipped_steps)
     )
+
+
+def _test(g: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
+    # z_t = (g_t - mu) / (sigma + eps mu)
+    scale = stats.var**0.5 + config.eps * stats.mean
+    z = (g - stats.mean) / _where(scale > 0, scale, TINY)
+    return _branch(z > config.z_thresh, _clip, _pass, g, z, stats, config)
+
+
+def _pass(g: Scalar, z: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
+    """Not a spike: g*_t = g_t."""
+    mean, var = _averaged(g, stats, config)
+    after = NormStats(mean, var, stats.step + 1, 0, stats.clipped_steps)
+    capped = _capped(g, config)
+    return Decision(capped / g, capped, _largest_ordinary(stats, config), z, False, after)
+
+
+def _clip(g: Scalar, z: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
+    """A spike: g*_t is the threshold, or g_t if `clip_factor` > 1 lifts the threshold over it."""
+    mean, var, step, streak, clipped_steps = stats
+    std, floor = var**0.5, config.eps * mean
+    threshold = _spike_threshold(z, mean, std, config)
+    g_star = _where(threshold < g, threshold, g)
+    # From the spike after `patience` in a row on, the averages are fed the winsorised norm.
+    impatient = streak >= (math.inf if config.patience is None else config.patience)
+    fed = _where(impatient, mean + config.z_thresh * _where(std > floor, std, floor), g_star)
+    new_mean, new_var = _averaged(fed, stats, config)
+    if config.skip_update_on_spike:
+        new_mean, new_var = _where(impatient, new_mean, mean), _where(impatient, new_var, var)
+    after = NormStats(new_mean, new_var, step + 1, streak + 1, clipped_steps + 1)
+    capped = _capped(g_star, config)
+    return Decision(capped / g, capped, threshold, z, True, after)
 
 
 def _spike_threshold(z: Scalar, mean: Scalar, std: Scalar, config: ZClipConfig) -> Scalar:
@@ -213,27 +228,39 @@ def _spike_threshold(z: Scalar, mean: Scalar, std: Scalar, config: ZClipConfig) 
     return mean + config.clip_factor * xi * std
 
 
-def _welford(g: Scalar, stats: NormStats) -> NormStats:
-    """Warm-up: the exact mean and population variance of the norms so far."""
-    count = stats.step + 1
-    mean = stats.mean + (g - stats.mean) / count
-    var = stats.var + ((g - stats.mean) * (g - mean) - stats.var) / count
-    return NormStats(mean, var, count, 0, stats.clipped_steps)
-
-
-def _ema(g_star: Scalar, is_spike: Scalar, stats: NormStats, config: ZClipConfig, select: Select) -> NormStats:
-    """After warm-up: averages of g*_t; from the spike after `patience` in a row on, of the winsorised norm."""
-    mean, var, step, streak, clipped_steps = stats
-    std, floor = var**0.5, config.eps * mean
-    impatient = is_spike & (streak >= (math.inf if config.patience is None else config.patience))
-    fed = select(impatient, mean + config.z_thresh * select(std > floor, std, floor), g_star)
-
+def _averaged(g_star: Scalar, stats: NormStats, config: ZClipConfig) -> tuple[Scalar, Scalar]:
     # mu <- alpha mu + (1 - alpha) g*_t;   sigma^2 <- alpha sigma^2 + (1 - alpha) (g*_t - mu)^2 with the new mu
     beta = 1 - config.alpha
-    new_mean = config.alpha * mean + beta * fed
-    new_var = config.alpha * var + beta * (fed - new_mean) * (fed - new_mean)
-    new_streak = select(is_spike, streak + 1, 0)
-    if config.skip_update_on_spike:
-        learns = impatient | (new_streak == 0)
-        new_mean, new_var = select(learns, new_mean, mean), select(learns, new_var, var)
-    return NormStats(new_mean, new_var, step + 1, new_streak, clipped_steps + is_spike)
+    mean = config.alpha * stats.mean + beta * g_star
+    return mean, config.alpha * stats.var + beta * (g_star - mean) * (g_star - mean)
+
+
+def _capped(g_star: Scalar, config: ZClipConfig) -> Scalar:
+    cap = config.max_grad_norm
+    return g_star if cap is None else _where(g_star < cap, g_star, cap)
+
+
+def _largest_ordinary(stats: NormStats, config: ZClipConfig) -> Scalar:
+    """The norm above which a step is a spike."""
+    return stats.mean + config.z_thresh * (stats.var**0.5 + config.eps * stats.mean)
+
+
+def _infinite(stats: NormStats, config: ZClipConfig) -> Scalar:
+    return math.inf
+
+
+def _branch(condition: Any, if_true: Callable[..., T], if_false: Callable[..., T], *args: Any) -> T:
+    """What the one function returns or the other; on tensors both run, and each element is selected."""
+    if isinstance(condition, torch.Tensor):
+        selected: T = _where(condition, if_true(*args), if_false(*args))
+        return selected
+    return if_true(*args) if condition else if_false(*args)
+
+
+def _where(condition: Any, x: Any, y: Any) -> Any:
+    """`torch.where` for numbers and tensors, and for tuples of them."""
+    if not isinstance(condition, torch.Tensor):
+        return x if condition else y
+    if isinstance(x, tuple):
+        return type(x)(*[_where(condition, *pair) for pair in zip(x, y, strict=True)])
+    return torch.where(condition, x, y)

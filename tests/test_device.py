@@ -1,0 +1,555 @@
+"""The path of accelerators, run on CPU tensors: the same results as on the host, and nothing read back."""
+
+import copy
+import gc
+import math
+import random
+import sys
+import tracemalloc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from reference import ReferenceZClip
+from test_zclip import OPTIONS
+from torch.utils._python_dispatch import TorchDispatchMode
+from training import backward, make_model, parameters, set_gradients, train
+
+import zclip_optim.clipper
+from zclip_optim import NonFiniteGradientError, ZClip, ZClipOptimizer, ZClipWarning
+from zclip_optim import device as device_module
+from zclip_optim.device import DeviceState
+from zclip_optim.gradients import SMALL, device_norm, gradient_norm, scale_gradients_
+
+READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """CPU tensors are taken for an accelerator's."""
+    monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: True)
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what makes the host wait for an accelerator."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func._schema.name in READS
+        return func(*args, **(kwargs or {}))
+
+
+FUSED = {
+    "Adam": lambda params: torch.optim.Adam(params, lr=0.01, fused=True),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=0.01, fused=True),
+    "AdamW, amsgrad": lambda params: torch.optim.AdamW(params, lr=0.01, amsgrad=True, fused=True),
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.01, fused=True),
+    "SGD, momentum": lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9, fused=True),
+    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.01, fused=True),
+}
+SKIPS_IN_THE_KERNEL = {name: make for name, make in FUSED.items() if name != "SGD, momentum"}
+NORMS = [1.0, 1.1, 0.9, 1.05, 30.0, 1.0, math.nan, 1.02, 0.0, 1.1, math.inf, 1e30, 0.95, *[5.0] * 9, 1.1, 1e-30]
+
+
+def make_steps(seed=0, steps=120):
+    rng = random.Random(seed)
+    norms = [rng.gauss(1, 0.05) * rng.choice([1] * 12 + [3, 20]) for _ in range(steps)]
+    return norms[:40] + [math.nan, 0.0] + norms[40:80] + [math.inf, math.nan] + norms[80:] + [4.0] * 40
+
+
+def run(make_base, norms, dtype=torch.float32, **options):
+    """The metrics of every step, and the parameters at the end."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in [(3, 4), (5,), ()]]
+    optimizer = ZClipOptimizer(make_base(params), **options)
+    metrics = []
+    for norm in norms:
+        set_gradients(params, norm)
+        optimizer.step()
+        metrics.append(optimizer.metrics)
+    return metrics, torch.cat([p.detach().reshape(-1) for p in params])
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore::zclip_optim.ZClipWarning")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("nonfinite", ["skip", "pass"])
+def test_every_step_is_that_of_the_host_and_of_the_oracle(options, nonfinite, monkeypatch):
+    norms = make_steps()
+    on_host, at_the_end = run(sgd, norms, torch.float64, nonfinite=nonfinite, **options)
+    monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: True)
+    metrics, parameters = run(sgd, norms, torch.float64, nonfinite=nonfinite, **options)
+    oracle = ReferenceZClip(**{k: "adaptive_scaling" if v == "reciprocal" else v for k, v in options.items()})
+    for ours, host in zip(metrics, on_host, strict=True):
+        assert ours.as_dict() == pytest.approx(host.as_dict(), rel=1e-9, nan_ok=True)
+        clipped_norm = oracle.step(host.grad_norm)
+        if math.isfinite(host.grad_norm):
+            assert (ours.clipped_norm, ours.clipped) == (pytest.approx(clipped_norm, rel=1e-9), oracle.spike)
+    torch.testing.assert_close(parameters, at_the_end, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore::zclip_optim.ZClipWarning")
+@pytest.mark.parametrize("make_base", SKIPS_IN_THE_KERNEL.values(), ids=SKIPS_IN_THE_KERNEL.keys())
+def test_a_fused_step_reads_nothing_back(make_base, on_device):
+    params = [torch.nn.Parameter(torch.randn(5, 4)), torch.nn.Parameter(torch.randn(3))]
+    optimizer = ZClipOptimizer(make_base(params), warmup_steps=3, max_consecutive_nonfinite=None)
+    for norm in NORMS:
+        set_gradients(params, norm)
+        with CountReads() as mode:
+            optimizer.step()
+        assert mode.reads == 0
+    with CountReads():
+        metrics = optimizer.metrics
+    assert (metrics.step, metrics.skipped_steps) == (len(NORMS) - 3, 2)
+
+
+@pytest.mark.filterwarnings("ignore::zclip_optim.ZClipWarning")
+@pytest.mark.parametrize(("nonfinite", "reads"), [("pass", 0), ("skip", 1)])
+def test_any_other_optimizer_costs_one_read_if_steps_may_be_skipped(nonfinite, reads, on_device):
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = ZClipOptimizer(sgd([p]), warmup_steps=3, nonfinite=nonfinite)
+    for norm in (1.0, 1.1, 1.2, 1.15, 40.0, 1.1):
+        set_gradients([p], norm)
+        with CountReads() as mode:
+            optimizer.step()
+        assert mode.reads == reads
+
+
+@pytest.mark.parametrize("scope", ["global", "group"])
+def test_a_device_that_nothing_can_be_read_from(scope):
+    params = [torch.nn.Parameter(torch.empty(3, 4, device="meta")), torch.nn.Parameter(torch.empty(4, device="meta"))]
+    optimizer = ZClipOptimizer(torch.optim.SGD([{"params": [p]} for p in params]), nonfinite="pass", scope=scope)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+    assert optimizer.clipper._device_state.values.device.type == "meta"
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        _ = optimizer.metrics
+
+
+def test_metrics_are_transferred_once_per_step_and_only_if_read(on_device, monkeypatch):
+    transfers = []
+    read = DeviceState.read
+    monkeypatch.setattr(DeviceState, "read", lambda state: transfers.append(1) or read(state))
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = ZClipOptimizer(FUSED["AdamW"]([p]))
+    for norm in (1.0, 1.1, 1.2):
+        set_gradients([p], norm)
+        optimizer.step()
+    assert not transfers
+    assert optimizer.metrics == optimizer.metrics
+    assert not optimizer.step_was_skipped
+    optimizer.state_dict()
+    assert len(transfers) == 1
+    set_gradients([p], 1.0)
+    optimizer.step()
+    assert optimizer.metrics.step == 4
+    assert len(transfers) == 2
+
+
+class TestFusedKernels:
+    @pytest.mark.filterwarnings("ignore::zclip_optim.ZClipWarning")
+    @pytest.mark.parametrize("make_base", FUSED.values(), ids=FUSED.keys())
+    def test_scaling_in_the_kernel_is_scaling_before_it(self, make_base, monkeypatch):
+        _, at_the_end = run(make_base, NORMS, warmup_steps=3)
+        monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: True)
+        metrics, folded = run(make_base, NORMS, warmup_steps=3)
+        assert sum(m.clipped for m in metrics) > 3
+        torch.testing.assert_close(folded, at_the_end, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("make_base", FUSED.values(), ids=FUSED.keys())
+    def test_the_kernel_scales_and_leaves_no_trace(self, make_base, on_device, monkeypatch):
+        p = torch.nn.Parameter(torch.randn(50))
+        base = make_base([p])
+        optimizer = ZClipOptimizer(base, warmup_steps=2)
+        seen = []
+        step = base.step
+        monkeypatch.setattr(base, "step", lambda: seen.append((base.grad_scale.item(), p.grad.norm())) or step())
+        for norm in (1.0, 1.1, 40.0):
+            set_gradients([p], norm)
+            optimizer.step()
+        assert seen[1] == (1, pytest.approx(1.1))
+        assert seen[2] == (pytest.approx(40 / optimizer.metrics.clipped_norm), pytest.approx(40))  # not scaled yet
+        assert p.grad.norm() == pytest.approx(optimizer.metrics.clipped_norm)
+        assert not {"grad_scale", "found_inf"} & vars(base).keys()
+
+    def test_nothing_is_left_behind_by_a_step_that_fails(self, on_device, monkeypatch):
+        p = torch.nn.Parameter(torch.randn(5))
+        base = FUSED["AdamW"]([p])
+        monkeypatch.setattr(base, "step", lambda: 1 / 0)
+        set_gradients([p], 1.0)
+        with pytest.raises(ZeroDivisionError):
+            ZClipOptimizer(base).step()
+        assert not {"grad_scale", "found_inf"} & vars(base).keys()
+
+    @pytest.mark.parametrize("make_base", FUSED.values(), ids=FUSED.keys())
+    @pytest.mark.parametrize("steps_before", [0, 2])
+    def test_a_skipped_step_changes_nothing(self, make_base, steps_before, on_device):
+        p = torch.nn.Parameter(torch.randn(50))
+        base = make_base([p])
+        optimizer = ZClipOptimizer(base)
+        for _ in range(steps_before):
+            set_gradients([p], 1.0)
+            optimizer.step()
+        before = copy.deepcopy((p.detach(), base.state_dict()["state"]))
+        set_gradients([p], math.nan)
+        optimizer.step()
+        assert optimizer.step_was_skipped
+        assert torch.equal(p, before[0])
+        if steps_before:
+            assert repr(base.state_dict()["state"]) == repr(before[1])
+        set_gradients([p], 1.0)
+        optimizer.step()
+        reference = make_base([torch.nn.Parameter(before[0].clone())])
+        reference.load_state_dict({**reference.state_dict(), "state": before[1]})
+        reference.param_groups[0]["params"][0].grad = p.grad.clone()
+        reference.step()
+        assert torch.equal(p, reference.param_groups[0]["params"][0])
+
+    def test_exact_types_only(self, on_device):
+        class Own(torch.optim.AdamW):
+            pass
+
+        p = torch.nn.Parameter(torch.randn(50))
+        optimizer = ZClipOptimizer(Own([p], fused=True), warmup_steps=1)
+        for norm in (1.0, 30.0):
+            set_gradients([p], norm)
+            optimizer.step()
+        assert not optimizer.clipper.handed_over
+        assert p.grad.norm() == pytest.approx(optimizer.metrics.clipped_norm)
+
+    @pytest.mark.parametrize("steps_with_closures", [False, True])
+    def test_grad_scaler_on_top(self, steps_with_closures, monkeypatch):
+        def run_scaled():
+            model = make_model()
+            optimizer = ZClipOptimizer(FUSED["AdamW"](model.parameters()), warmup_steps=5)
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7)
+            for step in range(40):
+                model.zero_grad()
+                x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+                loss = model(x).square().mean() * (1e38 if step == 20 else 50 if step % 9 == 8 else 1)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            return optimizer.metrics, scaler.get_scale(), parameters(model)
+
+        on_host = run_scaled()
+        monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: True)
+        metrics, scale, params = run_scaled()
+        assert metrics.clipped_steps > 0
+        assert scale == on_host[1]
+        assert metrics.as_dict() == pytest.approx(on_host[0].as_dict(), rel=1e-4)
+        torch.testing.assert_close(params, on_host[2])
+
+    def test_a_closure_is_folded_too(self, monkeypatch):
+        def run_with_closures():
+            model = make_model()
+            optimizer = ZClipOptimizer(FUSED["AdamW"](model.parameters()), warmup_steps=5)
+            for step in range(30):
+                with CountReads() as mode:
+                    optimizer.step(lambda step=step: backward(model, step, outlier=step == 20))
+            return optimizer, mode.reads, parameters(model)
+
+        at_the_end = run_with_closures()[-1]
+        monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: True)
+        optimizer, reads, folded = run_with_closures()
+        assert optimizer.clipper.handed_over
+        assert reads == 0
+        assert "grad_scale" not in vars(optimizer.base_optimizer)
+        torch.testing.assert_close(folded, at_the_end)
+
+
+def test_every_evaluation_of_a_closure_is_clipped(monkeypatch):
+    def run_lbfgs():
+        model = make_model(dtype=torch.float64)
+        optimizer = ZClipOptimizer(torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4), warmup_steps=3)
+        for step in range(12):
+            optimizer.step(lambda step=step: backward(model, step, outlier=step == 8))
+        return optimizer.metrics.as_dict(), parameters(model)
+
+    metrics, at_the_end = run_lbfgs()
+    monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: True)
+    on_device_metrics, on_device_end = run_lbfgs()
+    assert on_device_metrics == pytest.approx(metrics, rel=1e-4)
+    torch.testing.assert_close(on_device_end, at_the_end)
+
+
+class TestNonFinite:
+    def test_too_many_in_a_row_raise(self, on_device):
+        p = torch.nn.Parameter(torch.randn(5))
+        optimizer = ZClipOptimizer(sgd([p]), max_consecutive_nonfinite=3)
+        set_gradients([p], math.nan)
+        with pytest.warns(ZClipWarning, match="NaN or infinite"):
+            optimizer.step(), optimizer.step()
+        with pytest.raises(NonFiniteGradientError, match=r"norm is nan, after 0 finite steps, for 3 in a row.*params"):
+            optimizer.step()
+
+    def test_inside_fused_kernels_they_raise_once_metrics_were_read(self, on_device):
+        p = torch.nn.Parameter(torch.randn(5))
+        optimizer = ZClipOptimizer(FUSED["AdamW"]([p]), max_consecutive_nonfinite=3)
+        set_gradients([p], math.nan)
+        for _ in range(5):
+            optimizer.step()  # nobody knows
+        with pytest.warns(ZClipWarning, match="NaN or infinite"):
+            assert optimizer.metrics.skipped_steps == 5
+        with pytest.raises(NonFiniteGradientError, match="for 6 in a row"):
+            optimizer.step()
+
+    def test_raise(self, on_device):
+        p = torch.nn.Parameter(torch.randn(5))
+        base = FUSED["AdamW"]([p])
+        optimizer = ZClipOptimizer(base, nonfinite="raise")
+        set_gradients([p], math.inf)
+        with pytest.raises(NonFiniteGradientError, match="norm is inf"):
+            optimizer.step()
+        assert not {"grad_scale", "found_inf"} & vars(base).keys()
+
+
+class TestState:
+    @pytest.mark.parametrize("scope", ["global", "group"])
+    @pytest.mark.parametrize(("saved_on", "loaded_on"), [(True, False), (False, True), (True, True)])
+    def test_a_checkpoint_moves_between_host_and_device(self, saved_on, loaded_on, scope, monkeypatch):
+        def stay(on):
+            monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: on)
+
+        def make():
+            model = make_model()
+            groups = [{"params": [p]} for p in model.parameters()]
+            return model, ZClipOptimizer(torch.optim.SGD(groups, lr=0.01), warmup_steps=4, scope=scope)
+
+        outliers = {10, 17}
+        stay(False)
+        model, optimizer = make()
+        expected = parameters(train(model, optimizer, range(25), outliers))
+        stay(saved_on)
+        model, optimizer = make()
+        train(model, optimizer, range(15), outliers)
+        checkpoint = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        stay(loaded_on)
+        model, optimizer = make()
+        train(model, optimizer, range(3))
+        model.load_state_dict(checkpoint[0])
+        optimizer.load_state_dict(checkpoint[1])
+        torch.testing.assert_close(parameters(train(model, optimizer, range(15, 25), outliers)), expected)
+
+    def test_moving_to_the_host_takes_the_statistics_along(self, monkeypatch):
+        p = torch.nn.Parameter(torch.randn(5))
+        optimizer = ZClipOptimizer(sgd([p]))
+        for on_device in (True, False, True, True, False, False):
+            monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient, on=on_device: on)
+            set_gradients([p], 1.0 + on_device)
+            optimizer.step()
+        assert optimizer.metrics.step == 6
+        assert optimizer.metrics.mean == pytest.approx(1.5)
+
+    def test_a_step_without_gradients_stays_there(self, on_device):
+        p = torch.nn.Parameter(torch.randn(5))
+        optimizer = ZClipOptimizer(sgd([p]))
+        set_gradients([p], 1.0)
+        optimizer.step()
+        state = optimizer.clipper._device_state
+        p.grad = None
+        optimizer.step()
+        assert optimizer.clipper._device_state is state
+        assert (optimizer.metrics.step, optimizer.metrics.grad_norm) == (1, 0.0)
+
+    def test_it_keeps_its_place_in_memory(self, on_device):
+        p = torch.nn.Parameter(torch.randn(5))
+        optimizer = ZClipOptimizer(FUSED["AdamW"]([p]))
+        set_gradients([p], 1.0)
+        optimizer.step()
+        place = optimizer.clipper._device_state.values.data_ptr()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        assert optimizer.clipper._device_state.values.data_ptr() == place
+        assert optimizer.metrics.step == 2
+
+    def test_a_copy_goes_its_own_way(self, on_device):
+        p = torch.nn.Parameter(torch.randn(5))
+        clipper = ZClip()
+        set_gradients([p], 1.0)
+        clipper.step([p])
+        twin = copy.deepcopy(clipper)
+        twin.step([p])
+        assert (clipper.metrics.step, twin.metrics.step) == (1, 2)
+
+    def test_added_groups_start_afresh(self, on_device):
+        p, q = (torch.nn.Parameter(torch.randn(5)) for _ in range(2))
+        optimizer = ZClipOptimizer(sgd([p]), scope="group")
+        set_gradients([p], 1.0)
+        optimizer.step()
+        optimizer.add_param_group({"params": [q]})
+        set_gradients([p, q], 1.0)
+        optimizer.step()
+        assert [m.step for m in optimizer.group_metrics] == [2, 1]
+
+
+GRADIENTS = {
+    "float32": lambda: [torch.randn(SMALL + 3), torch.randn(7)],
+    "float64": lambda: [torch.randn(100, dtype=torch.float64)],
+    "bfloat16": lambda: [torch.randn(1000).bfloat16(), torch.randn(3).bfloat16()],
+    "mixed": lambda: [torch.randn(1000).half(), torch.randn(3), torch.randn(8).bfloat16()],
+    "complex": lambda: [torch.randn(1000, dtype=torch.complex64), torch.randn(4).to(torch.complex64).conj()],
+    "sparse": lambda: [
+        torch.sparse_coo_tensor([[0, 1, 1]], torch.randn(3, 4), (5, 4), check_invariants=True),
+        torch.randn(3),
+    ],
+    "squares overflow": lambda: [torch.randn(50) * 1e30, torch.randn(9) * 1e-30],
+    "squares vanish": lambda: [torch.randn(50) * 1e-30],
+    "empty": lambda: [torch.randn(0), torch.randn(3)],
+    "none": list,
+}
+
+
+@pytest.mark.parametrize("make", GRADIENTS.values(), ids=GRADIENTS.keys())
+def test_the_norm_is_that_of_the_host(make):
+    gradients = make()
+    norm = device_norm(gradients, CPU)
+    assert norm.dim() == 0
+    assert norm.item() == pytest.approx(gradient_norm(gradients), rel=1e-6)
+
+
+@pytest.mark.parametrize("make", GRADIENTS.values(), ids=GRADIENTS.keys())
+@pytest.mark.parametrize("coef", [1.0, 0.5, 0.3])
+def test_scaling_by_a_tensor(make, coef):
+    gradients = make()
+    before = copy.deepcopy(gradients)
+    scale_gradients_(gradients, torch.tensor(coef, dtype=torch.float64))
+    for ours, original in zip(gradients, before, strict=True):
+        factor = torch.tensor(coef, dtype=torch.float64).to(original.dtype)
+        torch.testing.assert_close(ours.to_dense(), original.to_dense() * factor, rtol=0 if coef == 1 else 1e-6, atol=0)
+
+
+class TestCompiling:
+    def test_the_compiled_decision_is_the_eager_one(self):
+        config = zclip_optim.zclip.ZClipConfig(warmup_steps=3)
+        compiled = torch.compile(device_module._advance, fullgraph=True, backend="aot_eager")
+        states = [DeviceState(ZClip()._records, CPU) for _ in range(2)]
+        for norm in NORMS:
+            norms = torch.tensor([norm], dtype=torch.float64)
+            eager = device_module._advance(states[0].values, norms, config, True)
+            ours = compiled(states[1].values, norms, config, True)
+            torch.testing.assert_close((*ours, states[1].values), (*eager, states[0].values), equal_nan=True)
+
+    def test_where_compiling_fails_it_runs_as_it_is(self, on_device, monkeypatch):
+        def cannot_compile(*args, **kwargs):
+            def compiled(*args):
+                raise RuntimeError("no Triton here")
+
+            return compiled
+
+        monkeypatch.setattr(device_module, "COMPILED_ON", ("cpu",))
+        monkeypatch.setattr(torch, "compile", cannot_compile)
+        device_module._advance_on.cache_clear()
+        p = torch.nn.Parameter(torch.randn(5))
+        optimizer = ZClipOptimizer(sgd([p]))
+        try:
+            set_gradients([p], 1.0)
+            with pytest.warns(ZClipWarning, match="no Triton here"):
+                optimizer.step()
+            optimizer.step()
+        finally:
+            device_module._advance_on.cache_clear()
+        assert optimizer.metrics.step == 2
+
+
+class LiveBytes(TorchDispatchMode):
+    """The peak of the bytes in tensors that were made under it and still existed."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = {x.untyped_storage()._cdata for x in torch.utils._pytree.tree_leaves((args, kwargs)) if is_tensor(x)}
+        result = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if is_tensor(x) and x.untyped_storage()._cdata not in inputs | self.known:
+                self.add(x)
+        return result
+
+    def add(self, tensor):
+        size, key = tensor.untyped_storage().nbytes(), tensor.untyped_storage()._cdata
+        self.known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(tensor, self.remove, key, size)
+
+    def remove(self, key, size):
+        self.known.discard(key)
+        self.live -= size
+
+
+def is_tensor(x):
+    return isinstance(x, torch.Tensor)
+
+
+class TestMemory:
+    @pytest.mark.parametrize(
+        ("shapes", "dtype", "limit"),
+        [
+            ([(5000, 4000)], torch.float32, 400_000),  # of 80 MB
+            ([(1000, 1000)] * 20, torch.float32, 400_000),
+            ([(5000, 4000)], torch.bfloat16, 6_000_000),  # of 40 MB: a chunk in float32
+            ([(64, 64)] * 2000, torch.float32, 1_500_000),  # of 33 MB: a batch
+        ],
+    )
+    def test_gradients_are_not_copied_on_the_host(self, shapes, dtype, limit):
+        gradients = [torch.ones(shape, dtype=dtype) for shape in shapes]
+        with LiveBytes() as mode:
+            gradient_norm(gradients)
+            scale_gradients_(gradients, 0.5)
+        assert 0 < mode.peak < limit
+
+    def test_a_scalar_per_tensor_on_the_device(self, on_device):
+        params = [torch.nn.Parameter(torch.ones(100, 100)) for _ in range(50)]
+        optimizer = ZClipOptimizer(FUSED["AdamW"](params))
+        set_gradients(params, 1.0)
+        optimizer.step()
+        with LiveBytes() as mode:
+            optimizer.clipper.clip_(optimizer.param_groups, optimizer=optimizer.base_optimizer)
+        assert 0 < mode.peak < 50 * 8 * 2 + 4000
+        assert optimizer.clipper._device_state.values.nbytes < 1024
+
+    def test_the_state_is_small(self):
+        p = torch.nn.Parameter(torch.ones(5))
+        optimizer = ZClipOptimizer(sgd([p]), warmup_steps=2)
+        for norm in (1.0, 1.1, 1.2, 1.3):
+            set_gradients([p], norm)
+            optimizer.step()
+        assert 100 < size_of(optimizer.clipper._records) < 1024
+
+    @pytest.mark.filterwarnings("ignore::zclip_optim.ZClipWarning")
+    def test_steps_leave_nothing_behind(self):
+        p = torch.nn.Parameter(torch.ones(5))
+        optimizer = ZClipOptimizer(sgd([p]))
+        set_gradients([p], 1.0)
+        tracemalloc.start()
+        try:
+            before, after = (self.traced(optimizer, steps) for steps in (300, 3000))
+        finally:
+            tracemalloc.stop()
+        assert after - before < 1024
+
+    @staticmethod
+    def traced(optimizer, steps):
+        for _ in range(steps):
+            optimizer.step()
+        gc.collect()
+        ours = tracemalloc.Filter(True, f"{Path(zclip_optim.clipper.__file__).parent}/*")
+        return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([ours]).traces)
+
+
+def size_of(value):
+    """Bytes of tuples and lists of numbers, shared ones counted every time."""
+    return sys.getsizeof(value) + (sum(map(size_of, value)) if isinstance(value, list | tuple) else 0)
