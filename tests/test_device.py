@@ -156,6 +156,24 @@ def test_metrics_are_transferred_once_per_step_and_only_if_read(on_device, monke
     assert len(transfers) == 2
 
 
+def test_warnings_come_with_the_first_reading(on_device):
+    p = torch.nn.Parameter(torch.randn(5, dtype=torch.float64))
+    optimizer = ZClipOptimizer(FUSED["AdamW"]([p]), warmup_steps=10, patience=5)
+    set_gradients([p], 1.0)
+    for _ in range(50):
+        optimizer.step()
+    with pytest.warns(ZClipWarning, match="norms of the warm-up were 1"):
+        assert optimizer.metrics.step == 50
+    for growth in range(2, 250):
+        set_gradients([p], 2.0**growth)
+        optimizer.step()
+    with pytest.warns(ZClipWarning) as caught:
+        assert optimizer.metrics.consecutive_clipped > 5
+    messages = [str(warning.message) for warning in caught]
+    assert any("more than patience=5 spikes in a row" in message for message in messages)
+    assert any("of the last 298 steps were clipped, at step 298" in message for message in messages)
+
+
 class TestFusedKernels:
     @pytest.mark.filterwarnings("ignore::zclip_optim.ZClipWarning")
     @pytest.mark.parametrize("make_base", FUSED.values(), ids=FUSED.keys())

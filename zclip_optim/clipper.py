@@ -108,8 +108,10 @@ class ZClip:
         return self._clip(param_groups, new_step, optimizer)
 
     def _clip(self, param_groups: ParamGroups, new_step: bool, optimizer: Any) -> bool:
-        scopes = [param_groups] if self.config.scope == "global" else [[group] for group in param_groups]
-        gradients = [collect_gradients(scope) for scope in scopes]
+        if self.config.scope == "global":
+            gradients = [collect_gradients(param_groups)]
+        else:
+            gradients = [collect_gradients([group]) for group in param_groups]
         device = self._accelerator(gradients)
         if device is None:
             return self._clip_on_host(gradients, param_groups, new_step)
@@ -127,24 +129,21 @@ class ZClip:
         norms = self._over_ranks([gradient_norm(scope) for scope in gradients], param_groups)
         total = norms[0] if len(norms) == 1 else math.hypot(*norms)
         finite = total < math.inf
-        records = self._records_of(len(norms))
-        self._device_state = None
-        stats = [record.decision.stats if new_step else record.before for record in records]
-        # If the norm of one scope is not finite, the step is not taken and the statistics of none move.
-        fed = norms if finite else [total] * len(norms)
-        decisions = [decide(norm, one, self.config) for norm, one in zip(fed, stats, strict=True)]
-        for scope, decision in zip(gradients, decisions, strict=True):
+        before, after = self._records_of(len(norms)), []
+        counters = before[0].counters
+        if finite and counters.nonfinite_streak:
+            counters = counters._replace(nonfinite_streak=0)
+        for record, norm, scope in zip(before, norms, gradients, strict=True):
+            stats = record.decision.stats if new_step else record.before
+            # If the norm of one scope is not finite, the step is not taken and the statistics of none move.
+            decision = decide(norm if finite else total, stats, self.config)
             if decision.clip_coef != 1:
                 scale_gradients_(scope, decision.clip_coef)
+            after.append(StepRecord(stats, norm, decision, False, counters))
+        self._device_state = None
         if new_step:
-            counters = records[0].counters
-            if finite and counters.nonfinite_streak:
-                counters = counters._replace(nonfinite_streak=0)
-            self._records = [
-                StepRecord(one, norm, decision, False, counters)
-                for one, norm, decision in zip(stats, norms, decisions, strict=True)
-            ]
-            self.health.check(records, self._records)
+            self._records = after
+            self.health.check(before, after)
         return finite or self._accept_nonfinite(total, param_groups, new_step)
 
     def _over_ranks(self, norms: Any, param_groups: ParamGroups) -> Any:

@@ -13,9 +13,10 @@ from torch._C._nn import flatten_dense_tensors
 # drift (1e-3 over 25 M equal ones). Norms of short rows, normed again in float64, stay under 1e-6 and run as fast.
 ROW = 2**8
 SHORT = 6 * ROW  # elements, up to which one sum in float32 stays under it as well
-# Calls are what small gradients cost, so a batch of them is copied into one tensor. No other copy is made but of 16-bit
-# gradients, in float32, chunk by chunk.
+# Calls are what small gradients cost, so a batch of them is copied into one tensor, unless they are few. No other copy
+# is made but of 16-bit gradients, in float32, chunk by chunk.
 SMALL = 2**12
+FEW = 8
 BATCH = 2**6
 CHUNK = 2**22
 COPIED_CHUNK = 2**20
@@ -112,6 +113,8 @@ def _real_values(gradient: Tensor) -> Tensor:
 
 def _sum_of_squares(gradients: Sequence[Tensor]) -> float:
     small = [g for g in gradients if g.numel() <= SMALL and g.is_cpu and not g.is_sparse]
+    if 0 < len(small) == len(gradients) <= FEW and all([g.dtype is torch.float32 for g in gradients]):
+        return sum([norm * norm for norm in map(Tensor.item, torch._foreach_norm(small))])
     total = 0.0
     for start in range(0, len(small), BATCH):
         total += _sum_over(flatten_dense_tensors(small[start : start + BATCH]))

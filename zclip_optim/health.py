@@ -26,7 +26,7 @@ class Health:
     def __init__(self, config: ZClipConfig) -> None:
         self.config = config
         self._patience = math.inf if config.patience is None else config.patience
-        self._first_steps = max(config.warmup_steps, 1)
+        self._warmup = config.warmup_steps
         self._said: set[str] = set()
         self._window_starts: dict[int, NormStats] = {}
 
@@ -34,11 +34,11 @@ class Health:
         """Warn if what has happened between two steps, one record per scope, gives reason to."""
         for scope, (old_record, new_record) in enumerate(zip(before, after, strict=True)):
             old, new = old_record.decision.stats, new_record.decision.stats
-            if new.step // WINDOW > old.step // WINDOW or new.step <= self._first_steps or new.streak > self._patience:
+            if new.step // WINDOW > old.step // WINDOW or old.step < self._warmup or new.streak > self._patience:
                 self._check_scope(scope, old, new)
 
     def _check_scope(self, scope: int, old: NormStats, new: NormStats) -> None:
-        if old.step < self.config.warmup_steps <= new.step:
+        if old.step < self._warmup <= new.step:
             self._check_warm_up(new, self._where(scope))
         if old.streak <= self._patience < new.streak:
             self._warn_of_regime(new, self._where(scope))
@@ -48,10 +48,10 @@ class Health:
         return f" in param group {scope}" if self.config.scope == "group" else ""
 
     def _check_warm_up(self, stats: NormStats, where: str) -> None:
-        if stats.step > 1 and stats.var**0.5 <= NO_SPREAD * stats.mean:
+        if self._warmup > 1 and stats.var**0.5 <= NO_SPREAD * stats.mean:
             self.warn(
                 "warm-up",
-                f"all {stats.step} gradient norms of the warm-up{where} were {stats.mean:.4g}: probably they were "
+                f"all {self._warmup} gradient norms of the warm-up{where} were {stats.mean:.4g}: probably they were "
                 "clipped before they got here, which hides every spike. Turn that clipping off (a trainer's "
                 "max_grad_norm or gradient_clip_val, clip_grad_norm_ in a loop)",
             )
