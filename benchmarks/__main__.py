@@ -11,7 +11,7 @@ from typing import NoReturn
 from benchmarks import UserError
 
 # A command is a module here with `add_arguments(parser)` and `run(args)`; its docstring is the description in --help.
-COMMANDS = ("compare", "faults", "detector")
+COMMANDS = ("compare", "faults", "detector", "overhead", "gpu")
 DEFAULT = "compare"
 BAD_USE, INTERRUPTED = 2, 130
 

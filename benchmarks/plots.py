@@ -12,6 +12,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.overhead import Row
 from benchmarks.train import StepRecord, TrainConfig
 
 SMOOTH = 15  # clean steps in the running mean of the loss
@@ -38,6 +39,33 @@ def compare_figure(runs: Mapping[str, Sequence[StepRecord]], config: TrainConfig
             first = first or axes
             norm_panel(axes, label, records, color)
         figure.savefig(path, dpi=100)
+
+
+def overhead_figure(by_tensors: Sequence[Row], by_parameters: Sequence[Row], path: Path) -> None:
+    """Every method's own cost against the number of tensors, and of parameters with the limit of one read.
+
+    Args:
+        by_tensors: rows of models that differ in the number of tensors.
+        by_parameters: rows of models that differ in the size of the tensors.
+        path: the PNG to write.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        growth_panel(left, by_tensors, [row.tensors for row in by_tensors], "tensors of 1,024 elements")
+        growth_panel(right, by_parameters, [row.parameters for row in by_parameters], "parameters, in 8 tensors")
+        figure.savefig(path, dpi=100)
+
+
+def growth_panel(axes: Axes, rows: Sequence[Row], sizes: Sequence[int], label: str) -> None:
+    """Own cost of every method, and the time of one read, on log-log axes."""
+    for color, method in zip(cycle(COLORS[2:]), rows[0].own_us if rows else (), strict=False):
+        axes.loglog(sizes, plottable(row.own_us[method] for row in rows), "o-", color=color, markersize=3, label=method)
+    axes.loglog(
+        sizes, [row.read_us for row in rows], "--", color="black", linewidth=1, label="one sum over each gradient"
+    )
+    axes.set(title="Clipping's own cost per step", xlabel=label, ylabel="microseconds")
+    axes.legend(frameon=False, fontsize=8)
 
 
 def loss_panel(axes: Axes, runs: Mapping[str, Sequence[StepRecord]], config: TrainConfig) -> None:

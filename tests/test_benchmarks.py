@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.__main__ import main
 
@@ -60,6 +61,8 @@ def test_own_data(tmp_path):
         (["--nonsense"], "--nonsense"),
         (["faults", "--steps", "1"], "steps"),
         (["detector", "--seeds", "0"], "must be a whole number >= 1, got '0'"),
+        (["overhead", "--seconds", "0"], "must be a finite number > 0, got '0'"),
+        (["gpu", "--max-parameters", "0"], "must be a whole number >= 1, got '0'"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(args, complaint, tmp_path, monkeypatch, capsys):
@@ -93,6 +96,23 @@ def test_detector_in_short(tmp_path):
     result = benchmarks("detector", "--steps", 300, "--seeds", 2, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "detector.json").read_text())["rows"]
+
+
+def test_overhead_in_short(tmp_path):
+    result = benchmarks("overhead", "--seconds", 0.01, "--max-parameters", 20_000, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "vs clip_grad_norm_" in result.stdout
+    assert (tmp_path / "overhead.png").read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]
+    assert {row["parameters"] for row in rows} > {1386, 4096, 16_384}
+    assert all(set(row["own_us"]) == {"zclip_optim", "zclip 1.0.0", "clip_grad_norm_", "autoclip"} for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run")
+def test_gpu_without_a_gpu():
+    result = benchmarks("gpu")
+    assert result.returncode == 2
+    assert "torch finds no CUDA device here" in result.stderr
 
 
 def test_help_names_every_option():

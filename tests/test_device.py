@@ -156,6 +156,18 @@ def test_metrics_are_transferred_once_per_step_and_only_if_read(on_device, monke
     assert len(transfers) == 2
 
 
+def test_a_captured_step_is_read_anew_every_time(on_device, monkeypatch):
+    monkeypatch.setattr(device_module, "_is_capturing", lambda values: True)
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = ZClipOptimizer(FUSED["AdamW"]([p]))
+    set_gradients([p], 1.0)
+    optimizer.step()
+    assert optimizer.metrics.step == 1
+    state = optimizer.clipper._device_state
+    state.step(torch.ones(1, dtype=torch.float64), optimizer.clipper.config, True)  # a replay: none of our code runs
+    assert optimizer.metrics.step == 2
+
+
 def test_warnings_come_with_the_first_reading(on_device):
     p = torch.nn.Parameter(torch.randn(5, dtype=torch.float64))
     optimizer = ZClipOptimizer(FUSED["AdamW"]([p]), warmup_steps=10, patience=5)

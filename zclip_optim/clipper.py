@@ -220,7 +220,7 @@ class ZClip:
         """The records of the last step; on an accelerator this waits for it, once."""
         if self._unread and self._device_state is not None:
             before, self._records = self._records, self._device_state.read()
-            self._unread = False
+            self._unread = self._device_state.replayed
             self.health.check(before, self._records)
             self.health.check_nonfinite(self._records[0].counters.nonfinite_streak)
         return self._records

@@ -24,10 +24,14 @@ class DeviceState:
     Args:
         records: where to start, one per scope, on the host.
         device: of the gradients.
+
+    Attributes:
+        replayed: a step was captured, so there may be further ones that nobody here hears of.
     """
 
     def __init__(self, records: Sequence[StepRecord], device: torch.device) -> None:
         self.values = _packed(records).to(device, wide_dtype(device))
+        self.replayed = False
 
     def write(self, records: Sequence[StepRecord]) -> None:
         """Go on from other records of as many scopes."""
@@ -44,11 +48,16 @@ class DeviceState:
         Returns:
             The coefficients, one per scope, and whether the norm of any is NaN or infinite, in one element.
         """
+        self.replayed = self.replayed or _is_capturing(self.values)
         return _advance_on(self.values.device.type)(self.values, norms, config, new_step)
 
     def read(self) -> list[StepRecord]:
         """The records on the host, one per scope, in one transfer."""
         return [_with_counts(StepRecord.unpack(row)) for row in self.values.t().tolist()]
+
+
+def _is_capturing(values: Tensor) -> bool:
+    return values.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 Advance = Callable[[Tensor, Tensor, ZClipConfig, bool], tuple[Tensor, Tensor]]

@@ -1,0 +1,205 @@
+"""Measures what clipping costs beside the step of fused AdamW, here and in other packages, on models of many sizes.
+
+A method's own cost is the time of its step minus that of the bare optimizer's step, both measured in the same round;
+the methods of a round run in shuffled order on the same gradients, none of which is clipped. Figures are medians over
+rounds. Writes overhead.json and overhead.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from tqdm import tqdm
+
+from benchmarks.options import add_out_option, positive_float, positive_int, prepare_folder
+from benchmarks.report import heading, markdown, progress_interval, write_json
+from zclip_optim import ZClipOptimizer
+
+BARE, READ, OURS = "bare", "read once", "zclip_optim"
+PEERS = ("zclip 1.0.0", "clip_grad_norm_", "autoclip")
+NEVER = 1e9  # a maximum norm that no gradient here reaches
+LEAST_ROUNDS = 7
+READ_SHOWN = 1_000_000  # parameters from which on one read of the gradients is memory's limit, not Python's
+
+CPU = torch.device("cpu")
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model to measure on: the shapes of its parameters and their dtype."""
+
+    name: str
+    shapes: Sequence[tuple[int, ...]]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def parameters(self) -> int:
+        """Elements over all tensors."""
+        return sum(map(math.prod, self.shapes))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured on one size; microseconds, medians over `rounds`."""
+
+    size: str
+    tensors: int
+    parameters: int
+    dtype: str
+    rounds: int
+    bare_us: float
+    read_us: float  # one `sum` over every gradient
+    own_us: dict[str, float]  # method -> its step minus the bare step
+
+
+def transformer(hidden: int, feed_forward: int, layers: int, vocabulary: int) -> list[tuple[int, ...]]:
+    """The shapes of a LLaMA-like model with untied embeddings."""
+    square, up, down = (hidden, hidden), (feed_forward, hidden), (hidden, feed_forward)
+    layer = [square] * 4 + [up, up, down] + [(hidden,)] * 2
+    return [(vocabulary, hidden), *layer * layers, (hidden,), (vocabulary, hidden)]
+
+
+SIZES = (
+    Size("4 tensors, 1.4 k", [(32, 32), (32,), (10, 32), (10,)]),
+    Size("100 tensors of 64 x 64", [(64, 64)] * 100),
+    Size("600 tensors of 32 x 32", [(32, 32)] * 600),
+    Size("29 M, transformer", transformer(512, 1376, 6, 10_000)),
+    Size("29 M, transformer, bf16", transformer(512, 1376, 6, 10_000), torch.bfloat16),
+    Size("110 M, transformer", transformer(768, 2048, 12, 16_000)),
+)
+BY_TENSORS = tuple(Size(f"{n} tensors of 1,024", [(1024,)] * n) for n in (4, 16, 64, 250, 1000, 4000))
+BY_PARAMETERS = tuple(
+    Size(f"8 tensors of {n:.0e}", [(n // 8,)] * 8) for n in (1_000, 10**4, 10**5, 10**6, 10**7, 10**8, 2 * 10**8)
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this command."""
+    parser.add_argument("--seconds", type=positive_float, default=10.0, help="time for each size, at least 7 rounds")
+    parser.add_argument("--max-parameters", type=positive_int, default=2 * 10**8, help="leave out larger models")
+    add_out_option(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures every size and writes the results."""
+    from benchmarks import plots
+
+    prepare_folder(args.out)
+    fits = [s for s in (*SIZES, *BY_TENSORS, *BY_PARAMETERS) if s.parameters <= args.max_parameters]
+    progress = tqdm(fits, unit="size", mininterval=progress_interval())
+    rows = {size.name: measure(size, args.seconds) for size in progress}
+    print(format_tables(rows))
+    result = heading("overhead", [0], "zclip", "autoclip") | {"rows": [asdict(row) for row in rows.values()]}
+    write_json(args.out / "overhead.json", result)
+    growth = [[rows[s.name] for s in sizes if s.name in rows] for sizes in (BY_TENSORS, BY_PARAMETERS)]
+    plots.overhead_figure(*growth, args.out / "overhead.png")
+    print(f"wrote {args.out / 'overhead.json'} and {args.out / 'overhead.png'}")
+
+
+def measure(size: Size, seconds: float, device: torch.device = CPU) -> Row:
+    """Times every method on one size, in rounds of shuffled order until `seconds` have passed."""
+    model = with_gradients(size, device)
+    steps, order = methods(model), random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in 3 * list(steps.values()):  # first steps allocate, and compile
+        step()
+    start = time.perf_counter()
+    while time.perf_counter() < start + seconds or len(times[BARE]) < LEAST_ROUNDS:
+        model[0].grad.normal_()  # equal norms round after round would be something to warn of
+        for name in order.sample(list(steps), len(steps)):
+            times[name].append(timed(steps[name], device))
+    return Row(
+        size=size.name,
+        tensors=len(size.shapes),
+        parameters=size.parameters,
+        dtype=str(size.dtype).removeprefix("torch."),
+        rounds=len(times[BARE]),
+        bare_us=statistics.median(times[BARE]),
+        read_us=statistics.median(times[READ]),
+        own_us={n: median_difference(times[n], times[BARE]) for n in times if n not in (BARE, READ)},
+    )
+
+
+def with_gradients(size: Size, device: torch.device) -> nn.ParameterList:
+    """Parameters of these shapes, with gradients."""
+    torch.manual_seed(0)
+    kind = {"dtype": size.dtype, "device": device}
+    model = nn.ParameterList([nn.Parameter(0.02 * torch.randn(shape, **kind)) for shape in size.shapes])
+    for p in model:
+        p.grad = torch.randn_like(p)
+    return model
+
+
+def methods(model: nn.Module) -> dict[str, Step]:
+    """The step of every method, on one optimizer; the bare step and one plain read of the gradients are among them."""
+    from autoclip.torch import QuantileClip
+    from zclip import ZClip
+
+    params = list(model.parameters())
+    base = AdamW(params, lr=1e-6, fused=True)
+    published = ZClip(max_grad_norm=None)
+    quantile = QuantileClip(params, quantile=1.0, global_threshold=True)
+    return {
+        BARE: base.step,
+        READ: lambda: [p.grad.sum() for p in params],
+        OURS: ZClipOptimizer(base).step,
+        "zclip 1.0.0": lambda: (published.step(model), base.step()),
+        "clip_grad_norm_": lambda: (nn.utils.clip_grad_norm_(params, NEVER), base.step()),
+        "autoclip": lambda: (quantile.step(), base.step()),
+    }
+
+
+def timed(step: Step, device: torch.device) -> float:
+    """Microseconds of one call, until the device is done with it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    start = time.perf_counter_ns()
+    step()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return (time.perf_counter_ns() - start) / 1e3
+
+
+def median_difference(values: Sequence[float], others: Sequence[float]) -> float:
+    """Median over rounds of what the first took longer than the second."""
+    return statistics.median(value - other for value, other in zip(values, others, strict=True))
+
+
+def format_tables(rows: dict[str, Row]) -> str:
+    """The table of ratios, and that of microseconds."""
+    return "\n\n".join((ratios([rows[s.name] for s in SIZES if s.name in rows]), microseconds(list(rows.values()))))
+
+
+def ratios(rows: Sequence[Row]) -> str:
+    """Our own cost over that of each peer, and over one read of the gradients."""
+    return markdown(
+        [
+            {"model": row.size}
+            | {f"vs {peer}": f"{row.own_us[OURS] / row.own_us[peer]:.2f}" for peer in PEERS}
+            | {"vs one read": f"{row.own_us[OURS] / row.read_us:.2f}" if row.parameters >= READ_SHOWN else "-"}
+            for row in rows
+        ]
+    )
+
+
+def microseconds(rows: Sequence[Row]) -> str:
+    """Own costs as they are."""
+    return markdown(
+        [
+            {"own cost, us": row.size}
+            | {name: f"{us:,.1f}" for name, us in row.own_us.items()}
+            | {READ: f"{row.read_us:,.1f}", "bare step": f"{row.bare_us:,.1f}", "rounds": row.rounds}
+            for row in rows
+        ]
+    )
