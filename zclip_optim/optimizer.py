@@ -224,9 +224,16 @@ class ZClipOptimizer(Optimizer):
     def _params(self) -> Iterator[torch.Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Reset the gradients, as the base optimizer does."""
-        self.base_optimizer.zero_grad(*args, **kwargs)
+    def zero_grad(self, set_to_none: bool | None = None) -> None:  # Accelerate looks for the argument by its name
+        """Reset the gradients, as the base optimizer does.
+
+        Args:
+            set_to_none: drop the gradients instead of filling them with zeros; None: the base optimizer's default.
+        """
+        if set_to_none is None:
+            self.base_optimizer.zero_grad()
+        else:
+            self.base_optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group to the base optimizer; with ``scope="group"`` it starts with a warm-up of its own."""
