@@ -2,7 +2,10 @@
 
 import math
 
-from zclip_optim import ZClip
+import torch
+from training import make_model, train
+
+from zclip_optim import ZClip, ZClipOptimizer
 from zclip_optim.metrics import ClipMetrics
 
 
@@ -18,3 +21,27 @@ def test_as_dict_is_flat_and_all_floats():
 def test_repr_is_one_line():
     assert repr(ZClip().metrics).startswith("ClipMetrics(grad_norm=nan, clipped_norm=nan")
     assert "\n" not in repr(ZClip().metrics)
+
+
+def test_counters_survive_resume():
+    def make():
+        model = make_model()
+        return model, ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), warmup_steps=10)
+
+    def run(model, optimizer, steps):
+        for step in steps:
+            train(model, optimizer, [step], outliers=[20, 21, 40])
+            if step in (15, 45):
+                model[0].weight.grad[0, 0] = math.nan
+                optimizer.step()
+
+    (whole, reference), (half, optimizer), (resumed, again) = make(), make(), make()
+    run(whole, reference, range(50))
+    run(half, optimizer, range(22))
+    resumed.load_state_dict(half.state_dict())
+    again.load_state_dict(optimizer.state_dict())
+    run(resumed, again, range(22, 50))
+    assert again.metrics == reference.metrics
+    assert again.metrics.skipped_steps == 2
+    assert again.metrics.clipped_steps > optimizer.metrics.clipped_steps > 0
+    assert again.metrics.clip_rate == again.metrics.clipped_steps / 40

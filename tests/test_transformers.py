@@ -103,7 +103,7 @@ def test_the_run_is_that_of_plain_torch(tmp_path):
     for _ in range(STEPS):
         for _ in range(2):
             batch = torch.stack([next(tokens)["input_ids"] for _ in range(2)])
-            model(input_ids=batch, labels=batch, num_items_in_batch=torch.tensor(2 * 2 * 7)).loss.backward()
+            model(input_ids=batch, labels=batch, num_items_in_batch=torch.tensor(2 * 2 * 8)).loss.backward()
         optimizer.step()
         history.append(optimizer.metrics)
         scheduler.step()
