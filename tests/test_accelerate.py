@@ -1,20 +1,16 @@
 """Accelerate needs no code of ours: prepared, the wrapper does what it does in plain torch."""
 
 import math
-import warnings
 
 import pytest
 import schedulefree
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 from training import make_batch, make_model, parameters
 
 from zclip_optim import ZClipOptimizer
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # at its import
-    from accelerate import Accelerator
 
 OPTIONS = {"warmup_steps": 8, "z_thresh": 2.0}
 STEPS, OUTLIERS = 40, (18, 19, 26, 27, 33)

@@ -1,23 +1,17 @@
 """The Lightning callback and Fabric, with the real package: every run equals the same run in plain torch."""
 
-import warnings
-
+import lightning
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 from training import make_batch, make_model, parameters
 
 from zclip_optim import ZClipOptimizer, ZClipWarning
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # at Lightning's import
-    import lightning
-    from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.loggers import CSVLogger, Logger
-    from lightning.pytorch.plugins import MixedPrecision
-
-    from zclip_optim.integrations.lightning import ZClipCallback
+from zclip_optim.integrations.lightning import ZClipCallback
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

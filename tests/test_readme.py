@@ -5,21 +5,17 @@ import re
 import subprocess
 import sys
 import textwrap
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
 from training import make_batch, make_model, parameters
 
 from zclip_optim import ZClip, ZClipOptimizer
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # at their import
-    from lightning.pytorch import LightningModule
-    from torch.utils.tensorboard import SummaryWriter
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
@@ -126,11 +122,11 @@ def test_fsdp2_on_two_ranks():
     code = f"""if True:
     import sys, torch
     sys.path.insert(0, {str(Path(__file__).parent)!r})
-    from test_readme import ingredients
+    from training import make_batch, make_model
     torch.set_num_threads(1)
     rendezvous = "file://{Path("rendezvous").absolute()}"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=int(sys.argv[1]), world_size=2)
-    globals().update(ingredients())
+    model, loader, loss_fn = make_model(), map(make_batch, range({STEPS})), torch.nn.functional.mse_loss
 {example}
     print("norm", optimizer.metrics.step, optimizer.metrics.grad_norm)
     torch.distributed.destroy_process_group()"""

@@ -2,21 +2,16 @@
 
 import json
 import math
-import warnings
 from itertools import count
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import parameters
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from zclip_optim import ZClipOptimizer, ZClipWarning
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # at their import
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
-
-    from zclip_optim.integrations.transformers import ZClipCallback
+from zclip_optim.integrations.transformers import ZClipCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.* argument is set as true but no accelerator")
 OPTIONS = {"warmup_steps": 5, "z_thresh": 1.5}

@@ -26,7 +26,7 @@ REQUIRED = ("grad_norm", "clipped_norm")
 STEP_KEYS = ("step", "_step")  # the second is W&B's
 LOSS_KEYS = ("loss", "train_loss", "train/loss", "loss_step", "train_loss_step", "train/loss_step")
 BEFORE, AFTER, THRESHOLD, CLIPPED, SKIPPED = "#c9c9c9", "#1769c2", "#2a9d4a", "#e07b00", "#c0392b"
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
+STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
 
 
 def plot_history(
@@ -63,22 +63,24 @@ def plot_history(
     except ImportError as error:
         raise ImportError("matplotlib is not installed; install it with: pip install 'zclip_optim[plot]'") from error
 
-    is_path = isinstance(records_or_path, (str, PathLike))
-    records = read_records(records_or_path) if is_path else list(records_or_path)
-    prefixes = _find_prefixes(records)
-    loss = _find_loss(records)
+    records = _as_records(records_or_path)
+    loss, prefixes = _find_loss(records), _find_prefixes(records)
+    panels = len(prefixes) + (loss is not None)
     with mpl.rc_context(STYLE):
-        panels = len(prefixes) + (loss is not None)
         figure = Figure(figsize=(10, 1.2 + 2.6 * panels), layout="constrained")
-        axes = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
-        if loss is not None:
-            _loss_panel(axes[0], loss)
-        for panel, prefix in zip(axes[-len(prefixes) :], prefixes, strict=True):
-            _norm_panel(panel, _History.of(records, prefix), prefix if len(prefixes) > 1 else "")
+        axes = list(figure.subplots(panels, sharex=True, squeeze=False)[:, 0])
         axes[-1].set_xlabel("step")
+        if loss is not None:
+            _loss_panel(axes.pop(0), loss)
+        for panel, prefix in zip(axes, prefixes, strict=True):
+            _norm_panel(panel, _History.of(records, prefix), prefix if len(prefixes) > 1 else "")
         if path is not None:
             figure.savefig(path, dpi=120)
     return figure
+
+
+def _as_records(records_or_path: Sequence[Record] | str | PathLike[str]) -> Sequence[Record]:
+    return read_records(records_or_path) if isinstance(records_or_path, (str, PathLike)) else records_or_path
 
 
 def read_records(path: str | PathLike[str]) -> list[Record]:
@@ -177,12 +179,10 @@ def _number(value: Any) -> float | None:
 def _steps(records: Sequence[Record], prefix: str) -> Iterator[float]:
     """The logger's step, else the steps that ZClip has counted, else the position."""
     for position, record in enumerate(records, 1):
-        counted = [_number(record.get(prefix + name)) for name in ("step", "skipped_steps")]
         logged = (_number(record.get(key)) for key in STEP_KEYS)
-        yield next(
-            (step for step in logged if step is not None),
-            float(position) if counted[0] is None else counted[0] + (counted[1] or 0.0),
-        )
+        counted, skipped = (_number(record.get(prefix + name)) for name in ("step", "skipped_steps"))
+        else_counted = float(position) if counted is None else counted + (skipped or 0.0)
+        yield next((step for step in logged if step is not None), else_counted)
 
 
 def _find_prefixes(records: Sequence[Record]) -> list[str]:

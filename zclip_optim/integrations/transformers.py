@@ -29,9 +29,9 @@ class ZClipCallback(TrainerCallback):
         ZClipWarning: `max_grad_norm` of the TrainingArguments is not 0: it clips first and hides every spike.
 
     Example:
-        >>> import torch
+        >>> import tempfile, torch
         >>> from transformers import Trainer, TrainingArguments
-        >>> arguments = TrainingArguments("checkpoints", max_grad_norm=0.0, report_to="none")
+        >>> arguments = TrainingArguments(tempfile.mkdtemp(), max_grad_norm=0.0, report_to="none")
         >>> model = torch.nn.Linear(4, 1)
         >>> optimizer = ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4))
         >>> trainer = Trainer(model, arguments, optimizers=(optimizer, None), callbacks=[ZClipCallback()])
