@@ -2,6 +2,7 @@
 
 import lightning
 import pytest
+import schedulefree
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -390,11 +391,28 @@ class TestFabric:
         assert optimizer.metrics == expected.metrics
         assert expected.metrics.step < STEPS
 
-    def test_what_only_the_wrapper_has_is_reached_through_fabrics(self):
+    def test_a_nan_step_is_skipped_and_said_so(self):
         fabric = lightning.Fabric(accelerator="cpu", devices=1)
         model = make_model()
         model, optimizer = fabric.setup(model, ZClipOptimizer(adamw(model.parameters())))
+        before = parameters(model)
         model(torch.full((1, 6), torch.nan)).sum().backward()
         optimizer.step()
         assert optimizer.step_was_skipped
         assert optimizer.metrics.skipped_steps == 1
+        assert torch.equal(parameters(model), before)
+
+    def test_train_and_eval_reach_schedulefree(self):
+        fabric = lightning.Fabric(accelerator="cpu", devices=1)
+        model = make_model()
+        inner = schedulefree.AdamWScheduleFree(model.parameters(), lr=1e-2)
+        model, optimizer = fabric.setup(model, ZClipOptimizer(inner))
+        optimizer.train()
+        for x, y in batches(3):
+            fabric.backward(nn.functional.mse_loss(model(x), y))
+            optimizer.step()
+        training = parameters(model)
+        optimizer.eval()
+        assert not torch.equal(parameters(model), training)
+        optimizer.train()
+        torch.testing.assert_close(parameters(model), training)

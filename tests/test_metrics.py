@@ -3,7 +3,7 @@
 import math
 
 import torch
-from training import make_model, train
+from training import make_model, set_gradients, train
 
 from zclip_optim import ZClip, ZClipOptimizer
 from zclip_optim.metrics import ClipMetrics
@@ -18,9 +18,17 @@ def test_as_dict_is_flat_and_all_floats():
     assert "clip/step" in ZClip().metrics.as_dict(prefix="clip/")
 
 
-def test_repr_is_one_line():
-    assert repr(ZClip().metrics).startswith("ClipMetrics(grad_norm=nan, clipped_norm=nan")
-    assert "\n" not in repr(ZClip().metrics)
+def test_repr_is_one_line_of_a_few_digits():
+    model = make_model()
+    optimizer = ZClipOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert repr(optimizer.metrics).startswith("ClipMetrics(grad_norm=nan, clipped_norm=nan, threshold=nan")
+    set_gradients(model.parameters(), 1 / 3)
+    optimizer.step()
+    assert repr(optimizer.metrics) == (
+        "ClipMetrics(grad_norm=0.3333, clipped_norm=0.3333, threshold=inf, z_score=nan, clip_coef=1, mean=0.3333, "
+        "std=0, clipped=False, skipped=False, step=1, clipped_steps=0, skipped_steps=0, clip_rate=0, "
+        "consecutive_clipped=0)"
+    )
 
 
 def test_counters_survive_resume():
