@@ -13,6 +13,7 @@ from training import make_batch, make_model, parameters
 
 from zclip_optim import ZClipOptimizer, ZClipWarning
 from zclip_optim.integrations.lightning import ZClipCallback
+from zclip_optim.plotting import plot_history
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -304,10 +305,16 @@ class TestLogging:
         fit(Module(), [ZClipCallback()], logger=False, **options)
         assert len(reads) == STEPS // accumulate // 5
 
-    def test_a_csv_logger_has_the_keys_in_one_row_with_the_loss(self, tmp_path):
-        fit(Module(), [ZClipCallback()], logger=CSVLogger(tmp_path), log_every_n_steps=5)
-        header = next(tmp_path.rglob("metrics.csv")).read_text(encoding="utf8").splitlines()[0].split(",")
+    def test_the_file_of_the_csv_logger_can_be_plotted(self, tmp_path):
+        fit(Module(), [ZClipCallback(**OPTIONS)], logger=CSVLogger(tmp_path))
+        path = next(tmp_path.rglob("metrics.csv"))
+        header = path.read_text(encoding="utf8").splitlines()[0].split(",")
         assert {"step", "train_loss", *(f"zclip/{key}" for key in KEYS)} <= set(header)
+        loss, norm = plot_history(path).axes
+        assert list(loss.lines[0].get_xdata()) == list(range(STEPS))
+        labels = [text.get_text() for text in norm.get_legend().get_texts()]
+        _, optimizer, _ = plain()
+        assert f"clipped ({optimizer.metrics.clipped_steps})" in labels
 
 
 class TestArguments:

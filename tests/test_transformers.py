@@ -1,6 +1,5 @@
 """The Trainer callback with the real Trainer, on a tiny GPT-2 and random tokens."""
 
-import json
 import math
 from itertools import count
 
@@ -12,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 from zclip_optim import ZClipOptimizer, ZClipWarning
 from zclip_optim.integrations.transformers import ZClipCallback
+from zclip_optim.plotting import plot_history
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.* argument is set as true but no accelerator")
 OPTIONS = {"warmup_steps": 5, "z_thresh": 1.5}
@@ -142,8 +142,10 @@ def test_save_and_resume_bit_for_bit(tmp_path):
     saved = torch.load(tmp_path / "whole" / "checkpoint-12" / "optimizer.pt", weights_only=True)
     assert saved["param_groups"][0]["zclip_step"] == 12
     assert 0 < saved["param_groups"][0]["zclip_clipped_steps"] < zclip(whole).metrics.clipped_steps
-    state = json.loads((tmp_path / "whole" / "checkpoint-12" / "trainer_state.json").read_text(encoding="utf8"))
-    assert state["log_history"][-1]["zclip/grad_norm"] == whole.state.log_history[11]["zclip/grad_norm"]
+    loss, norm = plot_history(tmp_path / "whole" / "checkpoint-12" / "trainer_state.json").axes
+    assert list(loss.lines[0].get_xdata()) == list(range(1, 13))
+    before = next(line for line in norm.lines if line.get_label() == "before clipping")
+    assert list(before.get_ydata()) == [row["zclip/grad_norm"] for row in whole.state.log_history[:12]]
 
 
 def test_a_nan_step_is_skipped_and_logged(tmp_path):
@@ -167,3 +169,4 @@ def test_an_optimizer_that_is_not_wrapped_is_an_error_that_says_what_to_do(tmp_p
 def test_bf16(tmp_path):
     trainer = train(tmp_path, bf16=True)
     assert zclip(trainer).metrics.step == STEPS
+    assert zclip(trainer).metrics.clipped_steps == zclip(train(tmp_path)).metrics.clipped_steps > 0
