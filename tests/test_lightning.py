@@ -164,6 +164,8 @@ class TestRuns:
                 second.step()
         assert torch.equal(parameters(module.net), parameters(model))
         assert second.metrics.clipped_steps > 0
+        assert "zclip/0/mean" in logger.rows[0]
+        assert "zclip/1/mean" not in logger.rows[0]  # which has not stepped yet
         last = logger.rows[STEPS - 1]
         assert last["zclip/0/mean"] == pytest.approx(first.metrics.mean, rel=1e-6)
         assert last["zclip/1/mean"] == pytest.approx(second.metrics.mean, rel=1e-6)

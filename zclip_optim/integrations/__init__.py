@@ -9,15 +9,27 @@ def metrics_to_log(optimizer: ZClipOptimizer, prefix: str = "zclip/") -> dict[st
     """The metrics of the last step that a trainer's loggers get. On accelerators this waits for the device.
 
     Args:
-        optimizer: has stepped.
+        optimizer: any, stepped or not.
         prefix: put before every name.
 
-    >>> import torch
-    >>> optimizer = ZClipOptimizer(torch.optim.SGD(torch.nn.Linear(2, 1).parameters(), lr=0.1))
-    >>> list(metrics_to_log(optimizer))[:2]
-    ['zclip/grad_norm', 'zclip/clipped_norm']
+    Returns:
+        One float for each of `LOGGED`; nothing before the optimizer's first step with a gradient.
+
+    Example:
+        >>> import torch
+        >>> p = torch.nn.Parameter(torch.zeros(4))
+        >>> optimizer = ZClipOptimizer(torch.optim.SGD([p], lr=0.1))
+        >>> metrics_to_log(optimizer)
+        {}
+        >>> p.grad = torch.full((4,), 2.0)
+        >>> optimizer.step()
+        >>> metrics_to_log(optimizer)["zclip/grad_norm"]
+        4.0
     """
-    values = optimizer.metrics.as_dict(prefix)
+    metrics = optimizer.metrics
+    if not metrics.step and not metrics.skipped_steps:
+        return {}
+    values = metrics.as_dict(prefix)
     return {prefix + name: values[prefix + name] for name in LOGGED}
 
 
