@@ -46,8 +46,8 @@ def wrapped(model):
     return ZClipOptimizer(adamw(model), **OPTIONS)
 
 
-def make_trainer(path, make_optimizer=wrapped, callbacks=(), model=None, data=None, **options):
-    model = make_model() if model is None else model
+def make_trainer(path, make_optimizer=wrapped, callbacks=(), callback=ZClipCallback, **options):
+    model = make_model()
     arguments = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
@@ -62,9 +62,9 @@ def make_trainer(path, make_optimizer=wrapped, callbacks=(), model=None, data=No
     return Trainer(
         model=model,
         args=TrainingArguments(str(path), **arguments),
-        train_dataset=Tokens() if data is None else data,
+        train_dataset=Tokens(),
         optimizers=(make_optimizer(model), None),
-        callbacks=[ZClipCallback(), *callbacks],
+        callbacks=[callback(), *callbacks],
     )
 
 
@@ -119,8 +119,14 @@ def test_the_logs_of_training_steps_and_no_others_have_the_keys(tmp_path):
     assert not any(key.startswith("zclip") for key in summary)
 
 
-def test_the_keys_reach_the_loggers_of_the_trainer(tmp_path):
-    train(tmp_path, report_to="tensorboard", logging_steps=5)
+class Subclass(ZClipCallback):
+    def on_train_begin(self, *args, **kwargs):
+        super().on_train_begin(*args, **kwargs)
+
+
+@pytest.mark.parametrize("callback", [ZClipCallback, Subclass])
+def test_the_keys_reach_the_loggers_of_the_trainer(callback, tmp_path):
+    train(tmp_path, callback=callback, report_to="tensorboard", logging_steps=5)
     events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent)).Reload()
     for key in KEYS:
         assert [event.step for event in events.Scalars(f"train/zclip/{key}")] == [5, 10, 15, 20]

@@ -1,6 +1,6 @@
 """Hugging Face Trainer: a callback that logs what the `ZClipOptimizer` given to the Trainer does."""
 
-import sys
+import inspect
 import warnings
 from typing import Any
 
@@ -50,7 +50,10 @@ class ZClipCallback(TrainerCallback):
                 ZClipWarning,
                 stacklevel=2,
             )
-        _move_to_the_front(self, sys._getframe(1).f_locals.get("self"))
+        handler = _calling_handler()
+        if handler is not None:  # the loggers all get the same dict, one after the other
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
 
     def on_log(
         self,
@@ -82,12 +85,16 @@ def _find_zclip(optimizer: Any) -> ZClipOptimizer:
     return inner
 
 
-def _move_to_the_front(callback: TrainerCallback, handler: Any) -> None:
-    """Let `callback` see the logs before the loggers, which all get the same dict, one after the other.
+def _calling_handler() -> CallbackHandler | None:
+    """The handler that is calling a callback.
 
-    The Trainer puts its loggers before the callbacks it is given and tells callbacks nothing of each other: the handler
-    is known from the frame that calls them.
+    The Trainer puts its loggers before the callbacks that it is given, and tells callbacks nothing of each other: the
+    calling frames alone know.
     """
-    if isinstance(handler, CallbackHandler):
-        handler.callbacks.remove(callback)
-        handler.callbacks.insert(0, callback)
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            return handler
+        frame = frame.f_back
+    return None
