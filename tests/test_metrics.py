@@ -2,7 +2,10 @@
 
 import math
 
-from zclip_optim import ZClip
+import torch
+from training import make_model, set_gradients, train
+
+from zclip_optim import ZClip, ZClipOptimizer
 from zclip_optim.metrics import ClipMetrics
 
 
@@ -15,6 +18,38 @@ def test_as_dict_is_flat_and_all_floats():
     assert "clip/step" in ZClip().metrics.as_dict(prefix="clip/")
 
 
-def test_repr_is_one_line():
-    assert repr(ZClip().metrics).startswith("ClipMetrics(grad_norm=nan, clipped_norm=nan")
-    assert "\n" not in repr(ZClip().metrics)
+def test_repr_is_one_line_of_a_few_digits():
+    model = make_model()
+    optimizer = ZClipOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert repr(optimizer.metrics).startswith("ClipMetrics(grad_norm=nan, clipped_norm=nan, threshold=nan")
+    set_gradients(model.parameters(), 1 / 3)
+    optimizer.step()
+    assert repr(optimizer.metrics) == (
+        "ClipMetrics(grad_norm=0.3333, clipped_norm=0.3333, threshold=inf, z_score=nan, clip_coef=1, mean=0.3333, "
+        "std=0, clipped=False, skipped=False, step=1, clipped_steps=0, skipped_steps=0, clip_rate=0, "
+        "consecutive_clipped=0)"
+    )
+
+
+def test_counters_survive_resume():
+    def make():
+        model = make_model()
+        return model, ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), warmup_steps=10)
+
+    def run(model, optimizer, steps):
+        for step in steps:
+            train(model, optimizer, [step], outliers=[20, 21, 40])
+            if step in (15, 45):
+                model[0].weight.grad[0, 0] = math.nan
+                optimizer.step()
+
+    (whole, reference), (half, optimizer), (resumed, again) = make(), make(), make()
+    run(whole, reference, range(50))
+    run(half, optimizer, range(22))
+    resumed.load_state_dict(half.state_dict())
+    again.load_state_dict(optimizer.state_dict())
+    run(resumed, again, range(22, 50))
+    assert again.metrics == reference.metrics
+    assert again.metrics.skipped_steps == 2
+    assert again.metrics.clipped_steps > optimizer.metrics.clipped_steps > 0
+    assert again.metrics.clip_rate == again.metrics.clipped_steps / 40

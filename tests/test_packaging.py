@@ -3,18 +3,20 @@
 import ast
 import configparser
 import inspect
+import pydoc
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from inner_optimizers import CASES
 
 import zclip_optim
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")
-EXTRAS = ["lightning", "accelerate", "transformers", "matplotlib", "tqdm", "zclip", "torch_optimizer"]
+EXTRAS = ["lightning", "accelerate", "transformers", "matplotlib", "tensorboard", "tqdm", "zclip", "torch_optimizer"]
 
 
 def setup_cfg():
@@ -45,6 +47,43 @@ def test_importing_it_imports_no_extra():
         print([name for name in {EXTRAS} if name in set(sys.modules) - before])"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("package", "use", "extra"),
+    [
+        ("lightning", "import zclip_optim.integrations.lightning", "lightning"),
+        ("transformers", "import zclip_optim.integrations.transformers", "transformers"),
+        (
+            "matplotlib",
+            "import zclip_optim.plotting as p; p.plot_history([{'grad_norm': 1, 'clipped_norm': 1}])",
+            "plot",
+        ),
+    ],
+)
+def test_a_missing_extra_is_named(package, use, extra):
+    code = f"import sys; sys.modules[{package!r}] = None; {use}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (
+        f"ImportError: {package} is not installed; install it with: pip install 'zclip_optim[{extra}]'" in result.stderr
+    )
+    assert extra in setup_cfg()["options.extras_require"]
+
+
+def test_help_is_enough_to_use_the_optimizer():
+    text = pydoc.render_doc(zclip_optim.ZClipOptimizer, renderer=pydoc.plaintext)
+    for name in inspect.signature(zclip_optim.ZClipOptimizer).parameters:
+        assert re.search(rf"^ \|      {name}: ", text, flags=re.MULTILINE), name
+    for part in (
+        "Raises:",
+        "Example:",
+        "References:",
+        "optimizer.step()",
+        "metrics",
+        "step_was_skipped",
+        "load_state_dict",
+    ):
+        assert part in text
 
 
 def test_every_argument_is_in_the_readme_with_its_default():

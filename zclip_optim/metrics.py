@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ClipMetrics:
     """One optimizer step, as ZClip saw it. Norms are in gradient-norm units, counters in steps.
 
@@ -28,6 +28,15 @@ class ClipMetrics:
 
     With ``scope="group"`` the metrics of the whole step have the total norms and, of all groups, the smallest
     `clip_coef` and the largest `z_score` and counters; `threshold`, `mean` and `std` are NaN, as only groups have them.
+
+    Example:
+        >>> import torch
+        >>> from zclip_optim import ZClip
+        >>> clipper, p = ZClip(max_grad_norm=1.0), torch.nn.Parameter(torch.zeros(4))
+        >>> p.grad = torch.full((4,), 2.0)
+        >>> norm = clipper.step(p)
+        >>> clipper.metrics.grad_norm, clipper.metrics.clipped_norm, clipper.metrics.clipped
+        (4.0, 1.0, False)
     """
 
     grad_norm: float
@@ -45,16 +54,23 @@ class ClipMetrics:
     clip_rate: float
     consecutive_clipped: int
 
+    def __repr__(self) -> str:
+        values = (f"{name}={v:.4g}" if type(v) is float else f"{name}={v}" for name, v in asdict(self).items())
+        return f"ClipMetrics({', '.join(values)})"
+
     def as_dict(self, prefix: str = "zclip/") -> dict[str, float]:
-        """The metrics under the keys that loggers expect, flags and counters as floats too.
+        """The metrics for a logger, flags and counters as floats too.
 
         Args:
             prefix: put before every name.
 
-        >>> import torch
-        >>> from zclip_optim import ZClip
-        >>> ZClip().metrics.as_dict("train/")["train/clip_coef"]
-        1.0
+        Returns:
+            One float for each of the names above; NaN and infinity where there is no number, as in warm-up.
+
+        Example:
+            >>> from zclip_optim import ZClip
+            >>> ZClip().metrics.as_dict("train/")["train/clip_coef"]
+            1.0
         """
         return {prefix + name: float(value) for name, value in asdict(self).items()}
 

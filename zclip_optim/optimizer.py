@@ -27,7 +27,7 @@ class ZClipOptimizer(Optimizer):
     g_t is the L2 norm of all gradients in the param groups. On a spike every gradient is multiplied by g*_t / g_t; on
     other steps no bit is changed. The statistics travel in the param groups of `state_dict`, so they survive every
     checkpoint library; hyperparameters are not saved. Schedulers, GradScaler and trainers take the wrapper for the
-    optimizer that it wraps.
+    optimizer that it wraps. Turn off any other clipping: it hides the spikes.
 
     Args:
         base_optimizer: the optimizer to wrap, an instance of any class; may be trained already.
@@ -52,6 +52,14 @@ class ZClipOptimizer(Optimizer):
         scope: "global" for one norm and one statistic, "group" for one per param group.
         process_group: process group, or several, over which squared norms are summed, for gradients that are shards
             held as plain tensors; () for none.
+
+    Attributes:
+        base_optimizer: the wrapped optimizer.
+        clipper: the `ZClip` that does the work.
+        metrics: `ClipMetrics` of the last step: `grad_norm`, `clipped_norm`, `threshold`, `z_score`, `clip_coef`,
+            `clipped`, `clip_rate` and more; ``metrics.as_dict()`` is ready for a logger.
+        group_metrics: `ClipMetrics` of the last step for each param group, with ``scope="group"``.
+        step_was_skipped: whether the last step left the parameters alone, because the norm was NaN or infinite.
 
     Raises:
         TypeError: `base_optimizer` is not an optimizer instance, or is a ZClipOptimizer already.
@@ -182,7 +190,8 @@ class ZClipOptimizer(Optimizer):
             What the base optimizer's step returns; for a skipped step the loss, or None without a closure.
 
         Raises:
-            NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite`.
+            NonFiniteGradientError: the norm is NaN or infinite, with ``nonfinite="raise"`` or for the
+                `max_consecutive_nonfinite`-th time in a row; names the parameters.
         """
         if not self._optimizer_step_pre_hooks and not self._optimizer_step_post_hooks:
             return self._step(closure)
@@ -232,17 +241,32 @@ class ZClipOptimizer(Optimizer):
     def _params(self) -> Iterator[torch.Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Reset the gradients, as the base optimizer does."""
-        self.base_optimizer.zero_grad(*args, **kwargs)
+    def zero_grad(self, set_to_none: bool | None = None) -> None:  # Accelerate looks for the argument by its name
+        """Reset the gradients, as the base optimizer does.
+
+        Args:
+            set_to_none: drop the gradients instead of filling them with zeros; None: the base optimizer's default.
+        """
+        if set_to_none is None:
+            self.base_optimizer.zero_grad()
+        else:
+            self.base_optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group to the base optimizer; with ``scope="group"`` it starts with a warm-up of its own."""
+        """Add a param group to the base optimizer; with ``scope="group"`` it starts with a warm-up of its own.
+
+        Args:
+            param_group: a dict with "params", as in torch.
+        """
         self.base_optimizer.add_param_group(param_group)
         self.clipper.publish(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict, with ZClip's statistics as ``zclip_*`` in every param group."""
+        """The state to save in a checkpoint. On accelerators this waits for the device.
+
+        Returns:
+            The base optimizer's state dict, with ZClip's statistics as plain numbers ``zclip_*`` in every param group.
+        """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         self.clipper.publish(self.param_groups)
@@ -253,6 +277,10 @@ class ZClipOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer or of a bare base optimizer; with the latter the statistics start afresh.
+
+        Args:
+            state_dict: what `state_dict` returned. Its hyperparameters of ZClip are not saved: those given at
+                construction stay.
 
         Raises:
             ValueError: ZClip's statistics in it are malformed; names the key. Nothing has changed then.

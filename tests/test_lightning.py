@@ -1,0 +1,427 @@
+"""The Lightning callback and Fabric, with the real package: every run equals the same run in plain torch."""
+
+import lightning
+import pytest
+import schedulefree
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.utils.data import DataLoader
+from training import make_batch, make_model, parameters
+
+from zclip_optim import ZClipOptimizer, ZClipWarning
+from zclip_optim.integrations.lightning import ZClipCallback
+from zclip_optim.plotting import plot_history
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*"),
+]
+OPTIONS = {"warmup_steps": 10, "z_thresh": 2.0}
+KEYS = ["grad_norm", "clipped_norm", "clip_coef", "threshold", "z_score", "mean", "std", "clip_rate"]
+OUTLIERS = (20, 31)
+STEPS = 40
+
+
+def batches(steps=STEPS):
+    return [make_batch(step, step in OUTLIERS) for step in range(steps)]
+
+
+def adamw(params):
+    return torch.optim.AdamW(params, lr=1e-2)
+
+
+def lbfgs(params):
+    return torch.optim.LBFGS(params, lr=0.1, max_iter=4)
+
+
+class Module(LightningModule):
+    """Automatic optimization."""
+
+    def __init__(self, make_optimizer=adamw, wrap=lambda optimizer: optimizer):
+        super().__init__()
+        self.net, self.make_optimizer, self.wrap = make_model(), make_optimizer, wrap
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = nn.functional.mse_loss(self.net(x), y)
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return self.wrap(self.make_optimizer(self.net.parameters()))
+
+
+class TwoOptimizers(Module):
+    """Manual optimization; the second optimizer steps on every other batch."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        x, y = batch
+        first.zero_grad()
+        second.zero_grad()
+        loss = nn.functional.mse_loss(self.net(x), y)
+        self.manual_backward(loss)
+        self.log("train_loss", loss)
+        first.step()
+        if batch_idx % 2:
+            second.step()
+
+    def configure_optimizers(self):
+        return [adamw(self.net[0].parameters()), torch.optim.SGD(self.net[2].parameters(), lr=1e-3, momentum=0.9)]
+
+
+class MemoryLogger(Logger):
+    """Keeps what it is given."""
+
+    name, version = "memory", 0
+
+    def __init__(self):
+        super().__init__()
+        self.rows = {}
+
+    def log_hyperparams(self, params):
+        pass
+
+    def log_metrics(self, metrics, step):
+        self.rows[step] = metrics
+
+
+def fit(module, callbacks, data=None, ckpt_path=None, logger=False, **options):
+    data = batches() if data is None else data
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=logger,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"max_epochs": 1, "enable_checkpointing": False, "log_every_n_steps": 1, **options},
+    )
+    trainer.fit(module, DataLoader(data, batch_size=None, shuffle=False), ckpt_path=ckpt_path)
+    return trainer
+
+
+def plain(make_optimizer=adamw, data=None, accumulate=1):
+    """The same run in plain torch: parameters, optimizer, and the metrics after every step."""
+    model, history = make_model(), []
+    optimizer = ZClipOptimizer(make_optimizer(model.parameters()), **OPTIONS)
+    data = batches() if data is None else data
+    for start in range(0, len(data), accumulate):
+
+        def closure(micro_batches=data[start : start + accumulate]):
+            optimizer.zero_grad()
+            for x, y in micro_batches:
+                loss = nn.functional.mse_loss(model(x), y) / accumulate
+                loss.backward()
+            return loss
+
+        if make_optimizer is lbfgs:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        history.append(optimizer.metrics)
+    return model, optimizer, history
+
+
+class TestRuns:
+    @pytest.mark.parametrize("make_optimizer", [adamw, lbfgs])
+    @pytest.mark.parametrize("wrapped_by_the_module", [False, True])
+    def test_automatic_optimization(self, make_optimizer, wrapped_by_the_module):
+        def wrap(optimizer):
+            return ZClipOptimizer(optimizer, **OPTIONS) if wrapped_by_the_module else optimizer
+
+        callback = ZClipCallback() if wrapped_by_the_module else ZClipCallback(**OPTIONS)
+        module = Module(make_optimizer, wrap)
+        trainer = fit(module, [callback])
+        model, optimizer, _ = plain(make_optimizer)
+        assert torch.equal(parameters(module.net), parameters(model))
+        assert trainer.optimizers[0].metrics == optimizer.metrics
+        assert optimizer.metrics.clipped_steps > 0
+
+    def test_accumulation(self):
+        module = Module()
+        fit(module, [ZClipCallback(**OPTIONS)], accumulate_grad_batches=2)
+        model, optimizer, _ = plain(accumulate=2)
+        assert optimizer.metrics.step == STEPS // 2
+        assert torch.equal(parameters(module.net), parameters(model))
+
+    def test_manual_optimization_clips_each_optimizer_by_its_own_norm(self):
+        module, logger = TwoOptimizers(), MemoryLogger()
+        fit(module, [ZClipCallback(**OPTIONS)], logger=logger)
+        model = make_model()
+        first = ZClipOptimizer(adamw(model[0].parameters()), **OPTIONS)
+        second = ZClipOptimizer(torch.optim.SGD(model[2].parameters(), lr=1e-3, momentum=0.9), **OPTIONS)
+        for step, (x, y) in enumerate(batches()):
+            model.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            first.step()
+            if step % 2:
+                second.step()
+        assert torch.equal(parameters(module.net), parameters(model))
+        assert second.metrics.clipped_steps > 0
+        assert "zclip/0/mean" in logger.rows[0]
+        assert "zclip/1/mean" not in logger.rows[0]  # which has not stepped yet
+        last = logger.rows[STEPS - 1]
+        assert last["zclip/0/mean"] == pytest.approx(first.metrics.mean, rel=1e-6)
+        assert last["zclip/1/mean"] == pytest.approx(second.metrics.mean, rel=1e-6)
+
+    def test_a_scheduler_made_around_the_bare_optimizer(self):
+        class Scheduled(Module):
+            def configure_optimizers(self):
+                optimizer = super().configure_optimizers()
+                scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+        module = Scheduled()
+        trainer = fit(module, [ZClipCallback(**OPTIONS)])
+        model = make_model()
+        optimizer = ZClipOptimizer(adamw(model.parameters()), **OPTIONS)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        for x, y in batches():
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+            scheduler.step()
+        assert torch.equal(parameters(module.net), parameters(model))
+        assert trainer.optimizers[0].param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+class TestMixedPrecision:
+    def test_bf16(self):
+        module = Module()
+        fit(module, [ZClipCallback(**OPTIONS)], precision="bf16-mixed")
+        model = make_model()
+        optimizer = ZClipOptimizer(adamw(model.parameters()), **OPTIONS)
+        for x, y in batches():
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+        assert torch.equal(parameters(module.net), parameters(model))
+        assert optimizer.metrics.clipped_steps > 0
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_fp16_measures_unscaled_gradients_and_leaves_overflows_to_the_scaler(self, fused):
+        """Lightning replaces precision="16-mixed" by bf16 on the CPU; its plugin and torch's scaler run there."""
+
+        def make_optimizer(params):
+            return torch.optim.AdamW(params, lr=1e-2, fused=fused)
+
+        def make_scaler():
+            return torch.amp.GradScaler("cpu", init_scale=2.0**15, growth_interval=5)
+
+        module = Module(make_optimizer)
+        plugin = MixedPrecision("16-mixed", "cpu", make_scaler())
+        trainer = fit(module, [ZClipCallback(**OPTIONS)], plugins=[plugin])
+        model, scaler = make_model(), make_scaler()
+        optimizer = ZClipOptimizer(make_optimizer(model.parameters()), **OPTIONS)
+        for x, y in batches():
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = nn.functional.mse_loss(model(x), y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert torch.equal(parameters(module.net), parameters(model))
+        assert trainer.optimizers[0].metrics == optimizer.metrics
+        assert plugin.scaler.get_scale() == scaler.get_scale()
+        assert optimizer.metrics.step < STEPS  # there were overflows
+        assert optimizer.metrics.skipped_steps == 0
+        assert optimizer.metrics.clipped_steps > 0
+
+
+class TestNonFinite:
+    def test_a_nan_step_leaves_parameters_and_optimizer_state_alone(self):
+        data = batches()
+        data[15] = (data[15][0] * float("nan"), data[15][1])
+        module, without = Module(), Module()
+        trainer = fit(module, [ZClipCallback(**OPTIONS)], data)
+        fit(without, [ZClipCallback(**OPTIONS)], data[:15] + data[16:])
+        assert trainer.optimizers[0].metrics.skipped_steps == 1
+        assert torch.equal(parameters(module.net), parameters(without.net))
+        assert trainer.optimizers[0].state[module.net[0].weight]["step"] == STEPS - 1
+
+
+class TestResume:
+    @pytest.mark.parametrize("make_module", [Module, TwoOptimizers], ids=["automatic", "manual"])
+    def test_bit_for_bit(self, make_module, tmp_path):
+        whole, half, resumed = make_module(), make_module(), make_module()
+        expected = fit(whole, [ZClipCallback(**OPTIONS)], max_epochs=2).optimizers
+        first_half = fit(half, [ZClipCallback(**OPTIONS)])
+        first_half.save_checkpoint(tmp_path / "last.ckpt")
+        second_half = fit(resumed, [ZClipCallback(**OPTIONS)], ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
+        assert torch.equal(parameters(resumed.net), parameters(whole.net))
+        assert not torch.equal(parameters(resumed.net), parameters(half.net))
+        for ours, theirs, before in zip(second_half.optimizers, expected, first_half.optimizers, strict=True):
+            assert repr(ours.state_dict()) == repr(theirs.state_dict())
+            assert ours.metrics == theirs.metrics
+            assert ours.metrics.clipped_steps > before.metrics.clipped_steps > 0
+
+    def test_a_checkpoint_from_before_the_callback(self, tmp_path):
+        fit(Module(), []).save_checkpoint(tmp_path / "last.ckpt")
+        resumed = Module()
+        trainer = fit(resumed, [ZClipCallback(**OPTIONS)], ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
+        assert trainer.optimizers[0].metrics.step == STEPS
+        assert trainer.optimizers[0].state[resumed.net[0].weight]["step"] == 2 * STEPS
+
+    def test_fitting_again_starts_afresh(self):
+        module, callback = Module(), ZClipCallback(**OPTIONS)
+        fit(module, [callback])
+        trainer = fit(module, [callback], batches(5))
+        assert trainer.optimizers[0].metrics.step == 5
+
+
+class TestLogging:
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_every_key_at_the_logging_interval(self, accumulate):
+        logger = MemoryLogger()
+        fit(
+            Module(),
+            [ZClipCallback(**OPTIONS)],
+            logger=logger,
+            log_every_n_steps=5,
+            accumulate_grad_batches=accumulate,
+        )
+        _, _, history = plain(accumulate=accumulate)
+        assert list(logger.rows) == list(range(4, STEPS // accumulate, 5))
+        for step, row in logger.rows.items():
+            assert "train_loss" in row
+            for key in KEYS:
+                assert row[f"zclip/{key}"] == pytest.approx(getattr(history[step], key), rel=1e-6, nan_ok=True)
+
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_metrics_are_read_at_the_logging_interval_only(self, accumulate, monkeypatch):
+        reads, metrics = [], ZClipOptimizer.metrics
+        monkeypatch.setattr(
+            ZClipOptimizer, "metrics", property(lambda self: reads.append(1) or metrics.fget(self))
+        )  # each read waits for an accelerator
+        options = {"log_every_n_steps": 5, "accumulate_grad_batches": accumulate}
+        fit(Module(), [ZClipCallback()], logger=MemoryLogger(), **options)
+        assert len(reads) == STEPS // accumulate // 5
+        fit(Module(), [ZClipCallback()], logger=False, **options)
+        assert len(reads) == STEPS // accumulate // 5
+
+    def test_the_file_of_the_csv_logger_can_be_plotted(self, tmp_path):
+        fit(Module(), [ZClipCallback(**OPTIONS)], logger=CSVLogger(tmp_path))
+        path = next(tmp_path.rglob("metrics.csv"))
+        header = path.read_text(encoding="utf8").splitlines()[0].split(",")
+        assert {"step", "train_loss", *(f"zclip/{key}" for key in KEYS)} <= set(header)
+        loss, norm = plot_history(path).axes
+        assert list(loss.lines[0].get_xdata()) == list(range(STEPS))
+        labels = [text.get_text() for text in norm.get_legend().get_texts()]
+        _, optimizer, _ = plain()
+        assert f"clipped ({optimizer.metrics.clipped_steps})" in labels
+
+
+class TestArguments:
+    def test_gradient_clip_val_is_warned_of(self):
+        with pytest.warns(ZClipWarning, match=r"gradient_clip_val=1\.0 .* hides every spike"):
+            fit(Module(), [ZClipCallback()], batches(2), gradient_clip_val=1.0)
+
+    def test_errors_come_at_construction(self):
+        with pytest.raises(ValueError, match="alpha must be"):
+            ZClipCallback(alpha=2)
+        with pytest.raises(TypeError, match="z_treshold"):
+            ZClipCallback(z_treshold=2)
+
+
+class TestFabric:
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_setup_accumulation_scheduler_save_and_load(self, accumulate, tmp_path):
+        def make(fabric):
+            model = make_model()
+            optimizer = ZClipOptimizer(adamw(model.parameters()), **OPTIONS)
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+            return (*fabric.setup(model, optimizer), scheduler)
+
+        def run(fabric, model, optimizer, scheduler, start, end):
+            for i in range(start, end):
+                x, y = batches()[i]
+                is_accumulating = (i + 1) % accumulate != 0
+                with fabric.no_backward_sync(model, enabled=is_accumulating):
+                    fabric.backward(nn.functional.mse_loss(model(x), y) / accumulate)
+                if not is_accumulating:
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+
+        fabric = lightning.Fabric(accelerator="cpu", devices=1)
+        whole = make(fabric)
+        run(fabric, *whole, 0, STEPS)
+
+        reference = make_model()
+        optimizer = ZClipOptimizer(adamw(reference.parameters()), **OPTIONS)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        for i, (x, y) in enumerate(batches()):
+            (nn.functional.mse_loss(reference(x), y) / accumulate).backward()
+            if (i + 1) % accumulate == 0:
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+        assert torch.equal(parameters(whole[0]), parameters(reference))
+        assert whole[1].metrics == optimizer.metrics
+        assert optimizer.metrics.clipped_steps > 0
+
+        names, half, resumed = ("model", "optimizer", "scheduler"), make(fabric), make(fabric)
+        run(fabric, *half, 0, 24)
+        fabric.save(tmp_path / "checkpoint.ckpt", dict(zip(names, half, strict=True)))
+        fabric.load(tmp_path / "checkpoint.ckpt", dict(zip(names, resumed, strict=True)))
+        run(fabric, *resumed, 24, STEPS)
+        assert torch.equal(parameters(resumed[0]), parameters(reference))
+        assert resumed[1].metrics == optimizer.metrics
+
+    def test_fp16_with_a_scaler(self):
+        def make_scaler():
+            return torch.amp.GradScaler("cpu", init_scale=2.0**15, growth_interval=5)
+
+        plugin = lightning.fabric.plugins.MixedPrecision("16-mixed", "cpu", make_scaler())
+        fabric = lightning.Fabric(accelerator="cpu", devices=1, plugins=[plugin])
+        model, optimizer = make_model(), None
+        model, optimizer = fabric.setup(model, ZClipOptimizer(adamw(model.parameters()), **OPTIONS))
+        reference, scaler = make_model(), make_scaler()
+        expected = ZClipOptimizer(adamw(reference.parameters()), **OPTIONS)
+        for x, y in batches():
+            optimizer.zero_grad()
+            fabric.backward(nn.functional.mse_loss(model(x), y))
+            optimizer.step()
+            expected.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                output = reference(x)
+            scaler.scale(nn.functional.mse_loss(output.float(), y)).backward()
+            scaler.step(expected)
+            scaler.update()
+        assert torch.equal(parameters(model), parameters(reference))
+        assert optimizer.metrics == expected.metrics
+        assert expected.metrics.step < STEPS
+
+    def test_a_nan_step_is_skipped_and_said_so(self):
+        fabric = lightning.Fabric(accelerator="cpu", devices=1)
+        model = make_model()
+        model, optimizer = fabric.setup(model, ZClipOptimizer(adamw(model.parameters())))
+        before = parameters(model)
+        model(torch.full((1, 6), torch.nan)).sum().backward()
+        optimizer.step()
+        assert optimizer.step_was_skipped
+        assert optimizer.metrics.skipped_steps == 1
+        assert torch.equal(parameters(model), before)
+
+    def test_train_and_eval_reach_schedulefree(self):
+        fabric = lightning.Fabric(accelerator="cpu", devices=1)
+        model = make_model()
+        inner = schedulefree.AdamWScheduleFree(model.parameters(), lr=1e-2)
+        model, optimizer = fabric.setup(model, ZClipOptimizer(inner))
+        optimizer.train()
+        for x, y in batches(3):
+            fabric.backward(nn.functional.mse_loss(model(x), y))
+            optimizer.step()
+        training = parameters(model)
+        optimizer.eval()
+        assert not torch.equal(parameters(model), training)
+        optimizer.train()
+        torch.testing.assert_close(parameters(model), training)

@@ -1,0 +1,185 @@
+"""The README's examples, run exactly as printed."""
+
+import csv
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from training import make_batch, make_model, parameters
+
+from zclip_optim import ZClip, ZClipOptimizer
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+STEPS = 60
+ELSEWHERE = {
+    "def save_checkpoint": "test_crash.py",
+    "wandb": "needs an account or a server; both take a dict of floats, which test_metrics.py asserts",
+}
+
+
+def block(text):
+    """The one example that has this text in it."""
+    (found,) = [block for block in BLOCKS if text in block]
+    return found
+
+
+def ingredients(**others):
+    """What the examples take for granted."""
+    data = [make_batch(step) for step in range(STEPS)]
+    names = {"model": make_model(), "loader": DataLoader(data, batch_size=None), "loss_fn": nn.functional.mse_loss}
+    return {**names, "torch": torch, "ZClipOptimizer": ZClipOptimizer, **others}
+
+
+def stepped():
+    """An optimizer that has stepped once."""
+    names = ingredients(loader=[make_batch(0)])
+    exec(block("import torch\n"), names)
+    return names["optimizer"]
+
+
+class Module(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = make_model()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.mse_loss(self.net(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=3e-4)
+
+
+class Regression(nn.Module):
+    """As the Trainer wants a model."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = make_model()
+
+    def forward(self, x, labels):
+        return {"loss": nn.functional.mse_loss(self.net(x), labels)}
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_plain_torch(capsys):
+    names = ingredients()
+    exec(block("import torch\n"), names)
+    assert names["optimizer"].metrics.step == STEPS
+    assert capsys.readouterr().out.startswith("ClipMetrics(grad_norm=")
+
+
+def test_grad_scaler():
+    model = make_model()
+    optimizer = ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4))
+    names = ingredients(model=model, optimizer=optimizer, device="cpu")
+    exec(block("GradScaler"), names)
+    assert 0 < optimizer.metrics.step <= STEPS  # less what overflowed
+    assert optimizer.metrics.mean < 100
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*treespec, LeafSpec.*")
+def test_lightning():
+    module = Module()
+    before = parameters(module)
+    names = ingredients(lightning_module=module)
+    exec(block("from lightning"), names)
+    assert names["trainer"].optimizers[0].metrics.step == STEPS
+    assert not torch.equal(parameters(module), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.* argument is set as true but no accelerator")
+def test_transformers():
+    data = [make_batch(step) for step in range(STEPS)]
+    names = ingredients(model=Regression(), dataset=[{"x": x[0], "labels": y[0]} for x, y in data])
+    exec(block("from transformers"), names)
+    assert names["optimizer"].metrics.step == names["trainer"].state.global_step > 0
+    assert names["scheduler"].last_epoch == names["trainer"].state.global_step
+
+
+def test_accelerate(capsys):
+    names = ingredients()
+    exec(block("from accelerate"), names)
+    assert names["optimizer"].optimizer.metrics.step == STEPS // 2
+
+
+def test_fsdp2_on_two_ranks():
+    """Each rank is a process of its own; they see the same batches, so the norm is that of one process."""
+    example = textwrap.indent(block("fully_shard"), "    ")
+    code = f"""if True:
+    import sys, torch
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    from training import make_batch, make_model
+    torch.set_num_threads(1)
+    rendezvous = "file://{Path("rendezvous").absolute()}"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=int(sys.argv[1]), world_size=2)
+    model, loader, loss_fn = make_model(), map(make_batch, range({STEPS})), torch.nn.functional.mse_loss
+{example}
+    print("norm", optimizer.metrics.step, optimizer.metrics.grad_norm)
+    torch.distributed.destroy_process_group()"""
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code, rank], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    outputs = [process.communicate(timeout=120) for process in ranks]
+    names = ingredients()
+    exec(block("import torch\n"), names)
+    for process, (output, error) in zip(ranks, outputs, strict=True):
+        assert process.returncode == 0, error
+        _, step, norm = output.split()
+        assert int(step) == STEPS
+        assert float(norm) == pytest.approx(names["optimizer"].metrics.grad_norm, rel=1e-5)
+
+
+def test_the_engine_without_the_wrapper():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = parameters(model)
+    model(torch.ones(1, 6)).sum().backward()
+    names = ingredients(model=model, optimizer=optimizer, ZClip=ZClip)
+    exec(block("clipper = ZClip()"), names)
+    assert names["norm"] > 0
+    assert not torch.equal(parameters(model), before)
+
+
+def test_tensorboard():
+    with SummaryWriter("logs") as writer:
+        exec(block("add_scalar"), {"optimizer": stepped(), "writer": writer, "step": 3})
+    assert any(b"zclip/grad_norm" in path.read_bytes() for path in Path("logs").iterdir())
+
+
+def test_csv_and_its_picture():
+    optimizer = stepped()
+    with open("metrics.csv", "w", encoding="utf8", newline="") as file:
+        table = csv.DictWriter(file, ["step", "loss", *optimizer.metrics.as_dict()])
+        table.writeheader()
+        for step in range(5):
+            names = {"optimizer": optimizer, "step": step, "loss": 2.0, "table": table}
+            exec(block("table.writerow"), names)
+    (command,) = re.findall(r"^    python -m (zclip_optim\.plotting .*)$", README, flags=re.MULTILINE)
+    subprocess.run([sys.executable, "-m", *command.split()], check=True)
+    picture = Path("zclip.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.unlink()
+    exec(block("plot_history"), {"rows": [names["row"]] * 5})
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_example_is_run():
+    here = Path(__file__).read_text(encoding="utf8")
+    texts = [text.encode().decode("unicode_escape") for text in re.findall(r'block\("(.*?)"\)', here)]
+    for example in BLOCKS:
+        assert any(text in example for text in [*texts, *ELSEWHERE]), example

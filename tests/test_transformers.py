@@ -1,0 +1,178 @@
+"""The Trainer callback with the real Trainer, on a tiny GPT-2 and random tokens."""
+
+import math
+from itertools import count
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import parameters
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+from zclip_optim import ZClipOptimizer, ZClipWarning
+from zclip_optim.integrations.transformers import ZClipCallback
+from zclip_optim.plotting import plot_history
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.* argument is set as true but no accelerator")
+OPTIONS = {"warmup_steps": 5, "z_thresh": 1.5}
+KEYS = ["grad_norm", "clipped_norm", "clip_coef", "threshold", "z_score", "mean", "std", "clip_rate"]
+STEPS, OUTLIERS = 20, (20, 21, 30, 31)
+
+
+def make_model():
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 32, "n_positions": 16}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, bos_token_id=0, eos_token_id=0))
+
+
+class Tokens(torch.utils.data.IterableDataset):
+    """Random tokens, in an order that the Trainer does not change; OUTLIERS are one token only."""
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(1)
+        for i in count():
+            tokens = torch.randint(32, (8,), generator=generator)
+            if i in OUTLIERS:
+                tokens[:] = 7
+            yield {"input_ids": tokens, "labels": tokens}
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def wrapped(model):
+    return ZClipOptimizer(adamw(model), **OPTIONS)
+
+
+def make_trainer(path, make_optimizer=wrapped, callbacks=(), callback=ZClipCallback, **options):
+    model = make_model()
+    arguments = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **options,
+    }
+    return Trainer(
+        model=model,
+        args=TrainingArguments(str(path), **arguments),
+        train_dataset=Tokens(),
+        optimizers=(make_optimizer(model), None),
+        callbacks=[callback(), *callbacks],
+    )
+
+
+def train(*args, resume_from_checkpoint=None, **options):
+    trainer = make_trainer(*args, **options)
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    return trainer
+
+
+def zclip(trainer):
+    return trainer.optimizer.optimizer
+
+
+class NaNGradient(TrainerCallback):
+    """Puts a NaN into the gradients of one step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if state.global_step == self.step:
+            next(model.parameters()).grad.view(-1)[0] = math.nan
+
+
+def test_the_run_is_that_of_plain_torch(tmp_path):
+    trainer = train(tmp_path, lr_scheduler_type="linear", gradient_accumulation_steps=2)
+    model, tokens = make_model(), iter(Tokens())
+    optimizer = wrapped(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (STEPS - step) / STEPS)
+    history = []
+    for _ in range(STEPS):
+        for _ in range(2):
+            batch = torch.stack([next(tokens)["input_ids"] for _ in range(2)])
+            model(input_ids=batch, labels=batch, num_items_in_batch=torch.tensor(2 * 2 * 8)).loss.backward()
+        optimizer.step()
+        history.append(optimizer.metrics)
+        scheduler.step()
+        optimizer.zero_grad()
+    assert optimizer.metrics.clipped_steps > 0
+    assert zclip(trainer).metrics == optimizer.metrics
+    assert torch.equal(parameters(trainer.model), parameters(model))
+    for row, metrics in zip(trainer.state.log_history, history, strict=False):
+        for key in KEYS:
+            assert row[f"zclip/{key}"] == pytest.approx(getattr(metrics, key), rel=0, nan_ok=True)
+
+
+def test_the_logs_of_training_steps_and_no_others_have_the_keys(tmp_path):
+    trainer = train(tmp_path, logging_steps=5)
+    *rows, summary = trainer.state.log_history
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    assert all("loss" in row and {f"zclip/{key}" for key in KEYS} <= set(row) for row in rows)
+    assert not any(key.startswith("zclip") for key in summary)
+
+
+class Subclass(ZClipCallback):
+    def on_train_begin(self, *args, **kwargs):
+        super().on_train_begin(*args, **kwargs)
+
+
+@pytest.mark.parametrize("callback", [ZClipCallback, Subclass])
+def test_the_keys_reach_the_loggers_of_the_trainer(callback, tmp_path):
+    train(tmp_path, callback=callback, report_to="tensorboard", logging_steps=5)
+    events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent)).Reload()
+    for key in KEYS:
+        assert [event.step for event in events.Scalars(f"train/zclip/{key}")] == [5, 10, 15, 20]
+
+
+def test_metrics_are_read_when_the_trainer_logs_and_not_else(tmp_path, monkeypatch):
+    reads, metrics = [], ZClipOptimizer.metrics
+    monkeypatch.setattr(ZClipOptimizer, "metrics", property(lambda self: reads.append(1) or metrics.fget(self)))
+    train(tmp_path, logging_steps=5)
+    assert len(reads) == STEPS // 5
+
+
+def test_save_and_resume_bit_for_bit(tmp_path):
+    whole = train(tmp_path / "whole", save_strategy="steps", save_steps=12)
+    resumed = train(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-12"))
+    assert torch.equal(parameters(resumed.model), parameters(whole.model))
+    assert zclip(resumed).metrics == zclip(whole).metrics
+    assert repr(zclip(resumed).state_dict()) == repr(zclip(whole).state_dict())
+    saved = torch.load(tmp_path / "whole" / "checkpoint-12" / "optimizer.pt", weights_only=True)
+    assert saved["param_groups"][0]["zclip_step"] == 12
+    assert 0 < saved["param_groups"][0]["zclip_clipped_steps"] < zclip(whole).metrics.clipped_steps
+    loss, norm = plot_history(tmp_path / "whole" / "checkpoint-12" / "trainer_state.json").axes
+    assert list(loss.lines[0].get_xdata()) == list(range(1, 13))
+    before = next(line for line in norm.lines if line.get_label() == "before clipping")
+    assert list(before.get_ydata()) == [row["zclip/grad_norm"] for row in whole.state.log_history[:12]]
+
+
+def test_a_nan_step_is_skipped_and_logged(tmp_path):
+    trainer = train(tmp_path, callbacks=[NaNGradient(step=3)])
+    assert zclip(trainer).metrics.skipped_steps == 1
+    assert zclip(trainer).metrics.step == STEPS - 1
+    assert parameters(trainer.model).isfinite().all()
+    assert math.isnan(trainer.state.log_history[3]["zclip/grad_norm"])
+
+
+def test_max_grad_norm_is_warned_of(tmp_path):
+    with pytest.warns(ZClipWarning, match=r"max_grad_norm=1\.0 .* hides every spike: pass max_grad_norm=0\.0"):
+        train(tmp_path, max_grad_norm=1.0, max_steps=1)
+
+
+def test_an_optimizer_that_is_not_wrapped_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(TypeError, match=r"AdamW, is not a ZClipOptimizer.*optimizers=\(ZClipOptimizer\("):
+        train(tmp_path, adamw)
+
+
+def test_bf16(tmp_path):
+    trainer = train(tmp_path, bf16=True)
+    assert zclip(trainer).metrics.step == STEPS
+    assert zclip(trainer).metrics.clipped_steps == zclip(train(tmp_path)).metrics.clipped_steps > 0

@@ -1,0 +1,79 @@
+"""Lightning: a callback that clips and logs, for modules whose `configure_optimizers` stays as it is."""
+
+import warnings
+from typing import Any
+
+from zclip_optim.health import ZClipWarning
+from zclip_optim.integrations import metrics_to_log, missing_extra
+from zclip_optim.optimizer import ZClipOptimizer
+from zclip_optim.zclip import ZClipConfig
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as error:
+    raise ImportError(missing_extra("lightning")) from error
+
+
+class ZClipCallback(Callback):
+    """Clips gradient-norm spikes of every optimizer of a module, and logs what it did.
+
+    When fitting starts, each optimizer that is not a `ZClipOptimizer` yet is wrapped in one of its own, over the
+    parameters of that optimizer only. So the statistics are saved and resumed in the optimizer states of every
+    checkpoint, a step of NaN or infinite norm is skipped, closures (LBFGS) are clipped at each evaluation, and under
+    "16-mixed" the scaler has unscaled before the norm is measured. `on_before_optimizer_step` sees the gradients before
+    clipping.
+
+    At the trainer's logging interval, and only then, the metrics are read and logged as ``zclip/grad_norm``,
+    ``clipped_norm``, ``clip_coef``, ``threshold``, ``z_score``, ``mean``, ``std`` and ``clip_rate``; with several
+    optimizers as ``zclip/0/grad_norm``, ``zclip/1/grad_norm`` and so on.
+
+    Args:
+        **options: the keyword arguments of `ZClipOptimizer`, with the same meaning, defaults and errors. Optimizers
+            that the module has wrapped itself keep their own.
+
+    Raises:
+        ValueError: an argument is out of its range; names the argument, the value and the range.
+
+    Warns:
+        ZClipWarning: the trainer has a `gradient_clip_val`, which clips first and hides every spike.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[ZClipCallback(z_thresh=3.0)], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, **options: Any) -> None:
+        ZClipConfig(**{name: value for name, value in options.items() if name != "process_group"})
+        self.options = options
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wrap the optimizers, which exist by now, before Lightning restores their states."""
+        if trainer.gradient_clip_val:
+            warnings.warn(
+                f"gradient_clip_val={trainer.gradient_clip_val} clips before ZClip measures the norm and hides every "
+                "spike: remove it; max_grad_norm of ZClip is an absolute cap that does not",
+                ZClipWarning,
+                stacklevel=2,
+            )
+        trainer.optimizers = [
+            optimizer if isinstance(optimizer, ZClipOptimizer) else ZClipOptimizer(optimizer, **self.options)
+            for optimizer in trainer.optimizers
+        ]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, if Lightning hands its metrics to the loggers after this batch."""
+        if not _logs_after_this_batch(trainer, pl_module):
+            return
+        optimizers = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, ZClipOptimizer)]
+        for i, optimizer in enumerate(optimizers):
+            prefix = "zclip/" if len(optimizers) == 1 else f"zclip/{i}/"
+            pl_module.log_dict(metrics_to_log(optimizer, prefix), on_step=True, on_epoch=False)
+
+
+def _logs_after_this_batch(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """The condition under which Lightning does; it has no public form."""
+    if pl_module.automatic_optimization and trainer.fit_loop._should_accumulate():
+        return False
+    return bool(trainer.loggers) and trainer._logger_connector.should_update_logs

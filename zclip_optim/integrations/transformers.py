@@ -1,0 +1,100 @@
+"""Hugging Face Trainer: a callback that logs what the `ZClipOptimizer` given to the Trainer does."""
+
+import inspect
+import warnings
+from typing import Any
+
+from zclip_optim.health import ZClipWarning
+from zclip_optim.integrations import metrics_to_log, missing_extra
+from zclip_optim.optimizer import ZClipOptimizer
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import CallbackHandler
+except ImportError as error:
+    raise ImportError(missing_extra("transformers")) from error
+
+
+class ZClipCallback(TrainerCallback):
+    """Adds ZClip's metrics to the Trainer's logs of training steps: its loggers, and ``trainer.state.log_history``.
+
+    The keys are ``zclip/grad_norm``, ``clipped_norm``, ``clip_coef``, ``threshold``, ``z_score``, ``mean``, ``std`` and
+    ``clip_rate``, of the step that is logged; the metrics are read on that step only. The optimizer itself clips, saves
+    and resumes without this callback.
+
+    Raises:
+        TypeError: when training starts, if the Trainer's optimizer is not a `ZClipOptimizer`; says how to pass one.
+
+    Warns:
+        ZClipWarning: `max_grad_norm` of the TrainingArguments is not 0: it clips first and hides every spike.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from transformers import Trainer, TrainingArguments
+        >>> arguments = TrainingArguments(tempfile.mkdtemp(), max_grad_norm=0.0, report_to="none")
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4))
+        >>> trainer = Trainer(model, arguments, optimizers=(optimizer, None), callbacks=[ZClipCallback()])
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the Trainer's settings, and get in line before its loggers."""
+        _find_zclip(kwargs["optimizer"])
+        if args.max_grad_norm:
+            warnings.warn(
+                f"max_grad_norm={args.max_grad_norm} in the TrainingArguments (1.0 is the default) clips before ZClip "
+                "measures the norm and hides every spike: pass max_grad_norm=0.0; max_grad_norm of ZClipOptimizer is "
+                "an absolute cap that does not",
+                ZClipWarning,
+                stacklevel=2,
+            )
+        handler = _calling_handler()
+        if handler is not None:  # the loggers all get the same dict, one after the other
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the metrics to the logs of a training step; evaluations and the summary have no ``loss``."""
+        if logs is None or "loss" not in logs:
+            return
+        values = metrics_to_log(_find_zclip(kwargs["optimizer"]))
+        logs.update(values)
+        state.log_history[-1].update(values)  # a copy, made before the callbacks are called
+
+
+def _find_zclip(optimizer: Any) -> ZClipOptimizer:
+    """The ZClipOptimizer within the wrappers of Accelerate."""
+    inner = optimizer
+    while not isinstance(inner, ZClipOptimizer):
+        if not hasattr(inner, "optimizer"):
+            raise TypeError(
+                f"the Trainer's optimizer, {type(inner).__name__}, is not a ZClipOptimizer, so nothing would be "
+                "clipped: pass Trainer(..., optimizers=(ZClipOptimizer(torch.optim.AdamW(model.parameters(), "
+                "lr=...)), None)); with None the Trainer makes its scheduler as usual"
+            )
+        inner = inner.optimizer
+    return inner
+
+
+def _calling_handler() -> CallbackHandler | None:
+    """The handler that is calling a callback.
+
+    The Trainer puts its loggers before the callbacks that it is given, and tells callbacks nothing of each other: the
+    calling frames alone know.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            return handler
+        frame = frame.f_back
+    return None

@@ -1,0 +1,258 @@
+"""A picture of a training run from its logged metrics: loss, gradient norms, threshold, clipped and skipped steps.
+
+    python -m zclip_optim.plotting metrics.csv -o zclip.png
+
+Needs the extra `plot`; matplotlib is imported on use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record: TypeAlias = Mapping[str, Any]
+
+REQUIRED = ("grad_norm", "clipped_norm")
+STEP_KEYS = ("step", "_step")  # the second is W&B's
+LOSS_KEYS = ("loss", "train_loss", "train/loss", "loss_step", "train_loss_step", "train/loss_step")
+BEFORE, AFTER, THRESHOLD, CLIPPED, SKIPPED = "#c9c9c9", "#1769c2", "#2a9d4a", "#e07b00", "#c0392b"
+STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
+
+
+def plot_history(
+    records_or_path: Sequence[Record] | str | PathLike[str], path: str | PathLike[str] | None = None
+) -> Figure:
+    """Draw the loss, if it was logged, and the gradient norm before and after clipping.
+
+    The band reaches from the running mean up to mean + z_thresh * std, above which a norm is a spike: the threshold
+    that ordinary steps log. Clipped and skipped steps are marked. Optimizers that were logged apart get a panel each.
+
+    Args:
+        records_or_path: one mapping per logged step, such as `ClipMetrics.as_dict()`, or a file of them: CSV
+            (Lightning's CSVLogger), JSON-lines, or a Trainer's ``trainer_state.json``. The keys may have any prefix;
+            `grad_norm` and `clipped_norm` are needed.
+        path: where to save the figure; the suffix gives the format.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be read.
+        ValueError: there are no records, or none has the metrics; names the keys that were found.
+
+    Example:
+        >>> rows = [{"zclip/grad_norm": 1.0 + i % 3, "zclip/clipped_norm": 1.0} for i in range(9)]
+        >>> figure = plot_history(rows)
+        >>> figure.axes[0].get_ylabel()
+        'gradient norm (L2)'
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("matplotlib is not installed; install it with: pip install 'zclip_optim[plot]'") from error
+
+    records = _as_records(records_or_path)
+    loss, prefixes = _find_loss(records), _find_prefixes(records)
+    panels = len(prefixes) + (loss is not None)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 1.2 + 2.6 * panels), layout="constrained")
+        axes = list(figure.subplots(panels, sharex=True, squeeze=False)[:, 0])
+        axes[-1].set_xlabel("step")
+        if loss is not None:
+            _loss_panel(axes.pop(0), loss)
+        for panel, prefix in zip(axes, prefixes, strict=True):
+            _norm_panel(panel, _History.of(records, prefix), prefix if len(prefixes) > 1 else "")
+        if path is not None:
+            figure.savefig(path, dpi=120)
+    return figure
+
+
+def _as_records(records_or_path: Sequence[Record] | str | PathLike[str]) -> Sequence[Record]:
+    return read_records(records_or_path) if isinstance(records_or_path, (str, PathLike)) else records_or_path
+
+
+def read_records(path: str | PathLike[str]) -> list[Record]:
+    """The rows of a CSV file, of JSON-lines, or of the ``log_history`` in a Trainer's ``trainer_state.json``.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is JSON-lines with a line that is no JSON object; names the line.
+    """
+    text = Path(path).read_text(encoding="utf8")
+    if not text.lstrip().startswith("{"):
+        return list(csv.DictReader(text.splitlines()))
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError:  # more than one line
+        return [_parse_line(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return list(document.get("log_history", [document]))
+
+
+def _parse_line(line: str, number: int, path: str | PathLike[str]) -> Record:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number} of {path} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"line {number} of {path} is not a JSON object: {line[:80]}")
+    return record
+
+
+class _Series(NamedTuple):
+    """Values over steps."""
+
+    steps: list[float]
+    values: list[float]
+
+    @staticmethod
+    def of(records: Sequence[Record], key: str, steps: Sequence[float]) -> _Series:
+        """The values under `key`, of the records that have it."""
+        pairs = [(step, _number(r.get(key))) for step, r in zip(steps, records, strict=True)]
+        kept = [(step, value) for step, value in pairs if value is not None]
+        return _Series([step for step, _ in kept], [value for _, value in kept])
+
+
+class _History(NamedTuple):
+    """What is drawn of one optimizer; each list has one value per logged step."""
+
+    steps: list[float]
+    grad_norm: list[float]
+    clipped_norm: list[float]
+    threshold: list[float]
+    mean: list[float]
+    skipped: list[bool]
+
+    @staticmethod
+    def of(records: Sequence[Record], prefix: str) -> _History:
+        """From the records that have the metrics under `prefix`."""
+        rows = [r for r in records if all(_number(r.get(prefix + name)) is not None for name in REQUIRED)]
+
+        def column(name: str) -> list[float]:
+            values = (_number(row.get(prefix + name)) for row in rows)
+            return [math.nan if value is None else value for value in values]
+
+        norms, skipped = column("grad_norm"), column("skipped")
+        return _History(
+            steps=list(_steps(rows, prefix)),
+            grad_norm=norms,
+            clipped_norm=column("clipped_norm"),
+            threshold=column("threshold"),
+            mean=column("mean"),
+            skipped=[
+                not math.isfinite(norm) if math.isnan(s) else s > 0 for norm, s in zip(norms, skipped, strict=True)
+            ],
+        )
+
+    def clipped(self) -> list[bool]:
+        """Which steps were scaled down."""
+        return [after < before for before, after in zip(self.grad_norm, self.clipped_norm, strict=True)]
+
+    def band_top(self) -> list[float]:
+        """The norm above which a step is a spike; a spike logs what it was clipped to, so there the last one stands."""
+        top, last = [], math.nan
+        for threshold, norm in zip(self.threshold, self.grad_norm, strict=True):
+            last = threshold if norm <= threshold < math.inf else last
+            top.append(last)
+        return top
+
+
+def _number(value: Any) -> float | None:
+    """The value as a float; None for what is missing (loggers leave empty cells) or no number."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _steps(records: Sequence[Record], prefix: str) -> Iterator[float]:
+    """The logger's step, else the steps that ZClip has counted, else the position."""
+    for position, record in enumerate(records, 1):
+        logged = (_number(record.get(key)) for key in STEP_KEYS)
+        counted, skipped = (_number(record.get(prefix + name)) for name in ("step", "skipped_steps"))
+        else_counted = float(position) if counted is None else counted + (skipped or 0.0)
+        yield next((step for step in logged if step is not None), else_counted)
+
+
+def _find_prefixes(records: Sequence[Record]) -> list[str]:
+    """The prefixes under which the required metrics are found, "zclip/" for one."""
+    if not records:
+        raise ValueError("there are no records to plot")
+    keys = dict.fromkeys(str(key) for record in records for key in record)
+    candidates = [key.removesuffix(REQUIRED[1]) for key in keys if key.endswith(REQUIRED[1])]
+    prefixes = [prefix for prefix in candidates if _History.of(records, prefix).steps]
+    if not prefixes:
+        needed = " and ".join(f"<prefix>{name}" for name in REQUIRED)
+        raise ValueError(f"no record has both {needed}; the keys are {', '.join(keys)}")
+    return prefixes
+
+
+def _find_loss(records: Sequence[Record]) -> _Series | None:
+    """The training loss, over the logger's steps."""
+    steps = list(_steps(records, ""))
+    found = (_Series.of(records, key, steps) for key in LOSS_KEYS)
+    return next((series for series in found if series.steps), None)
+
+
+def _loss_panel(axes: Axes, loss: _Series) -> None:
+    axes.plot(*loss, color=AFTER, linewidth=1.2)
+    axes.set_title("Training loss", loc="left")
+    axes.set_ylabel("loss")
+
+
+def _norm_panel(axes: Axes, history: _History, name: str) -> None:
+    """Norms, band and marks of one optimizer, on a log axis."""
+    steps, before, after = history.steps, _drawable(history.grad_norm), _drawable(history.clipped_norm)
+    mean, top = _drawable(history.mean), history.band_top()
+    if any(map(math.isfinite, top)):
+        axes.fill_between(steps, mean, top, color=THRESHOLD, alpha=0.18, linewidth=0, label="mean to spike threshold")
+        axes.plot(steps, top, color=THRESHOLD, linewidth=0.8)
+    if any(map(math.isfinite, mean)):
+        axes.plot(steps, mean, color=THRESHOLD, linewidth=0.8, linestyle="--", label="running mean")
+    axes.plot(steps, before, color=BEFORE, linewidth=1, label="before clipping")
+    axes.plot(steps, after, color=AFTER, linewidth=1, label="after clipping")
+    clipped = [
+        (step, norm) for step, norm, is_clipped in zip(steps, before, history.clipped(), strict=True) if is_clipped
+    ]
+    if clipped:
+        axes.plot(*zip(*clipped, strict=True), "v", color=CLIPPED, markersize=4, label=f"clipped ({len(clipped)})")
+    skipped = [step for step, is_skipped in zip(steps, history.skipped, strict=True) if is_skipped]
+    for index, step in enumerate(skipped):
+        axes.axvline(step, color=SKIPPED, linewidth=0.9, label=None if index else f"skipped ({len(skipped)})")
+    axes.set_yscale("log")
+    axes.set_title(f"Gradient norm {name}".rstrip(" /"), loc="left")
+    axes.set_ylabel("gradient norm (L2)")
+    axes.legend(frameon=False, fontsize=8, ncols=7, loc="lower right", bbox_to_anchor=(1, 0.98), columnspacing=1.2)
+
+
+def _drawable(values: Sequence[float]) -> list[float]:
+    """The values with a gap (NaN) where there is nothing to draw on a log axis."""
+    return [value if math.isfinite(value) and value > 0 else math.nan for value in values]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m zclip_optim.plotting", description=plot_history.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("metrics", help="CSV, JSON-lines or trainer_state.json")
+    parser.add_argument("-o", "--out", default="zclip.png", help="figure to write (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        plot_history(options.metrics, options.out)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
