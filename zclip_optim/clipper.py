@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zclip_optim.distributed import ProcessGroups, as_groups, global_norms, refuse_unknown_shards
+from zclip_optim.distributed import (
+    Groups,
+    Measured,
+    ProcessGroups,
+    as_groups,
+    fsdp_groups,
+    in_use,
+    join_descriptions,
+    measure_over_ranks,
+)
 from zclip_optim.gradients import collect_gradients, describe_nonfinite, gradient_norm, scale_gradients_
 from zclip_optim.health import Health
 from zclip_optim.metrics import ClipMetrics, combine
@@ -99,7 +108,7 @@ class ZClip:
     @torch.no_grad()
     def _clip(self, param_groups: ParamGroups, new_step: bool) -> bool:
         scopes = [param_groups] if self.config.scope == "global" else [[group] for group in param_groups]
-        norms, gradients = self._measure([[p for group in scope for p in group["params"]] for scope in scopes])
+        norms, gradients, nonfinite = self._measure(scopes)
         total = math.hypot(*norms)
         finite = math.isfinite(total)
         if new_step:
@@ -113,15 +122,14 @@ class ZClip:
             scale_gradients_(scope_gradients, decision.clip_coef)
         if new_step:
             self._record(norms, decisions, finite)
-        return finite or self._accept_nonfinite(total, param_groups, new_step)
+        return finite or self._accept_nonfinite(total, param_groups, new_step, nonfinite)
 
-    def _measure(self, scopes: list[list[Tensor]]) -> tuple[list[float], list[list[Tensor]]]:
-        """For each scope, a list of parameters: the norm over all ranks, and the gradients in this process."""
-        for params in scopes:
-            refuse_unknown_shards(params, self._groups)
-        gradients = [collect_gradients(params) for params in scopes]
-        device = next((p.device for params in scopes for p in params), torch.device("cpu"))
-        return global_norms([gradient_norm(scope) for scope in gradients], self._groups, device), gradients
+    def _measure(self, scopes: Sequence[ParamGroups]) -> Measured:
+        """For each scope, some param groups: the norm over all ranks, and the gradients in this process."""
+        if in_use():
+            return measure_over_ranks(scopes, self._groups)
+        gradients = [collect_gradients(p for group in scope for p in group["params"]) for scope in scopes]
+        return Measured([gradient_norm(scope) for scope in gradients], gradients)
 
     def _record(self, norms: list[float], decisions: list[Decision], finite: bool) -> None:
         self._stats = [decision.stats for decision in decisions]
@@ -130,8 +138,11 @@ class ZClip:
             self._counters = self._counters._replace(nonfinite_streak=0)
         self.health.check(self._stats_before, self._stats)
 
-    def _accept_nonfinite(self, norm: float, param_groups: ParamGroups, new_step: bool) -> bool:
-        """Count a norm that is not finite, once per step; whether the step may be taken all the same."""
+    def _accept_nonfinite(self, norm: float, param_groups: ParamGroups, new_step: bool, groups: Groups) -> bool:
+        """Count a norm that is not finite, once per step; whether the step may be taken all the same.
+
+        The ranks of `groups` have all come here, and join in saying where the bad elements are.
+        """
         if not new_step and self._last.skipped:
             return False
         skipped = self.config.nonfinite != "pass"
@@ -141,9 +152,11 @@ class ZClip:
         self.health.check_nonfinite(streak)
         limit = self.config.max_consecutive_nonfinite or math.inf
         if self.config.nonfinite == "raise" or (skipped and streak >= limit):
+            where = describe_nonfinite(param_groups)
+            where = join_descriptions(where, groups) if groups else where
             raise NonFiniteGradientError(
                 f"the gradient norm is {norm}, after {self._stats[0].step} finite steps, for {streak} in a row; "
-                f"gradients with NaN or infinite elements: {describe_nonfinite(param_groups)}"
+                f"gradients with NaN or infinite elements: {where or 'none in this process'}"
             )
         return not skipped
 
@@ -240,7 +253,8 @@ class _Step(NamedTuple):
 def _as_param_groups(model_or_parameters: Any) -> ParamGroups:
     if isinstance(model_or_parameters, nn.Module):
         named = dict(model_or_parameters.named_parameters())
-        return [{"params": list(named.values()), "param_names": list(named)}]
+        shard_groups = fsdp_groups(model_or_parameters) if in_use() else {}
+        return [{"params": list(named.values()), "param_names": list(named), "shard_groups": shard_groups}]
     items = _as_list(model_or_parameters)
     groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
     groups = [{**group, "params": _as_list(group["params"])} for group in groups]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 # torch accumulates a norm in float32, with a few running sums: over more than some thousand elements the last digits
 # drift (1e-3 over 25 M equal ones). Norms of short rows, summed in float64, stay under 1e-6 and run as fast.
@@ -55,15 +56,28 @@ def zero_gradients_(gradients: Sequence[Tensor]) -> None:
 
 
 def describe_nonfinite(param_groups: Iterable[dict[str, Any]], limit: int = 10) -> str:
-    """The parameters whose gradients hold NaN or infinities: by name where the groups have names, else by position."""
+    """The parameters whose gradients hold NaN or infinities in this process: by name where the groups have names, else
+    by position; empty if there are none.
+    """
     found = []
     for i, group in enumerate(param_groups):
         for j, p in enumerate(group["params"]):
-            if p.grad is not None and not _real_values(p.grad).isfinite().all():
+            if p.grad is not None and not _real_values(local_tensor(p.grad)).isfinite().all():
                 name = group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]"
                 found.append(f"{name} {tuple(p.shape)}")
     more = f" and {len(found) - limit} more" if len(found) > limit else ""
-    return ", ".join(found[:limit]) + more or "none in this process"
+    return ", ".join(found[:limit]) + more
+
+
+def local_tensor(value: Tensor) -> Tensor:
+    """The elements of a DTensor that this process holds, in its own memory; of another tensor all."""
+    if type(value) in (Tensor, Parameter) or not hasattr(value, "to_local"):
+        return value
+    with torch.no_grad():  # else it would be a copy that autograd knows
+        local: Tensor = value.to_local()
+        if hasattr(local, "trigger_wait"):  # still on its way from another rank
+            local = local.trigger_wait()
+    return local
 
 
 def _real_values(gradient: Tensor) -> Tensor:
