@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -354,6 +355,11 @@ def test_fsdp1_accumulating(two):
 
 def check_refusal(rank):
     way = Fsdp1(rank, ShardingStrategy.FULL_SHARD, use_orig_params=False)
+    way.backward(0)
+    with CommDebugMode() as communication:
+        ZClip().step(way.model)
+    assert sum(communication.get_comm_counts().values()) == 1
+    way.model.zero_grad()
     with pytest.raises(ValueError, match=r"pass process_group=model\.process_group"):
         ZClipOptimizer(torch.optim.SGD(way.params(), lr=0.1))
     way.backward(0)
@@ -361,5 +367,5 @@ def check_refusal(rank):
         ZClip().step(way.params())
 
 
-def test_fsdp1_shards_without_a_process_group_are_refused(two):
+def test_fsdp1_takes_one_all_reduce_and_is_refused_without_a_process_group(two):
     two.run(check_refusal)
