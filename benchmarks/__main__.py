@@ -10,8 +10,15 @@ from typing import NoReturn
 
 from benchmarks import UserError
 
-# A command is a module here with `add_arguments(parser)` and `run(args)`; its docstring is the description in --help.
-COMMANDS = ("compare", "faults", "detector", "overhead", "gpu")
+# A command is a module with `add_arguments(parser)` and `run(args)`; its docstring is the description in --help.
+COMMANDS = {
+    "compare": "benchmarks.compare",
+    "faults": "benchmarks.faults",
+    "detector": "benchmarks.detector",
+    "overhead": "benchmarks.overhead",
+    "gpu": "benchmarks.gpu",
+    "train": "benchmarks.distributed",
+}
 DEFAULT = "compare"
 BAD_USE, INTERRUPTED = 2, 130
 
@@ -33,7 +40,7 @@ def fail(message: str) -> NoReturn:
 def run_command(argv: Sequence[str]) -> None:
     """Runs the command named first in `argv`, or the default one."""
     name, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else (DEFAULT, argv)
-    command = importlib.import_module(f"benchmarks.{name}")
+    command = importlib.import_module(COMMANDS[name])
     parser = Parser(
         prog="python -m benchmarks" if name == DEFAULT else f"python -m benchmarks {name}",
         description=command.__doc__,

@@ -134,6 +134,11 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(x))
 
     def loss(self, window: Tensor) -> Tensor:
-        """Mean next-token cross-entropy, in nats, of windows (batch, positions + 1)."""
-        logits = self(window[:, :-1])
-        return functional.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
+        """`next_token_loss` of this model."""
+        return next_token_loss(self, window)
+
+
+def next_token_loss(model: nn.Module, window: Tensor) -> Tensor:
+    """Mean next-token cross-entropy, in nats, of windows (batch, positions + 1); `model` may be wrapped."""
+    logits = model(window[:, :-1])
+    return functional.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())

@@ -55,6 +55,10 @@ class TrainConfig:
         """The corrupted steps, none of them in the warm-up."""
         return bad_shard(self.steps, first=self.warmup_steps) if self.corrupt else {}
 
+    def optimizer(self, model: nn.Module) -> AdamW:
+        """The paper's AdamW."""
+        return AdamW(model.parameters(), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+
     def lr_factor(self, step: int) -> float:
         """Share of the peak rate at `step` (from 0): linear up, then a cosine down to `final_lr_share`."""
         if step < self.warmup_steps:
@@ -91,14 +95,7 @@ class Run:
         self.method, self.config = method, config
         self.batches = Batches(corpus, config.batch, config.model.context, config.seed, config.schedule)
         self.model = LanguageModel(config.model)
-        adamw = AdamW(
-            self.model.parameters(),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
-        self.stepper = method.start(self.model, adamw)
+        self.stepper = method.start(self.model, config.optimizer(self.model))
         self.scheduler = LambdaLR(self.stepper.optimizer, config.lr_factor)
         self.taken = 0  # steps
 

@@ -1,9 +1,11 @@
-"""One thread, repeatable Hypothesis in CI, and a line on how many inner optimizers the run covered."""
+"""One thread, groups of processes, repeatable Hypothesis in CI, a line on how many inner optimizers the run covered."""
 
 import os
 
 import hypothesis
+import pytest
 import torch
+from world import World
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("dev", deadline=None)
@@ -11,6 +13,22 @@ torch.set_num_threads(
     1
 )  # the tensors are tiny; a busy machine makes threads that wait for each other seven times slower
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def processes(size):
+    world = World(size)
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="session")
+def two():
+    yield from processes(2)
+
+
+@pytest.fixture(scope="session")
+def four():
+    yield from processes(4)
 
 
 def pytest_terminal_summary(terminalreporter):

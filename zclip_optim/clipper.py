@@ -6,17 +6,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from zclip_optim.device import DeviceState
-from zclip_optim.distributed import ProcessGroups, as_groups, global_norms, refuse_unknown_shards
+from zclip_optim.distributed import (
+    Measured,
+    ProcessGroups,
+    Reduced,
+    as_groups,
+    fsdp_groups,
+    groups_that_know,
+    in_use,
+    join_descriptions,
+    measure_over_ranks,
+)
 from zclip_optim.fused import hand_scale, hand_skip
 from zclip_optim.gradients import (
     collect_gradients,
     describe_nonfinite,
-    device_norm,
-    gradient_norm,
+    local_norm,
     scale_gradients_,
     stays_on_device,
 )
@@ -108,25 +116,22 @@ class ZClip:
         return self._clip(param_groups, new_step, optimizer)
 
     def _clip(self, param_groups: ParamGroups, new_step: bool, optimizer: Any) -> bool:
-        if self.config.scope == "global":
-            gradients = [collect_gradients(param_groups)]
-        else:
-            gradients = [collect_gradients([group]) for group in param_groups]
-        device = self._accelerator(gradients)
+        device = _accelerator(param_groups)
         if device is None:
-            return self._clip_on_host(gradients, param_groups, new_step)
+            return self._clip_on_host(param_groups, new_step)
         with torch.no_grad():
-            return self._clip_on_device(gradients, device, param_groups, new_step, optimizer)
+            return self._clip_on_device(param_groups, new_step, device, optimizer)
 
-    def _accelerator(self, gradients: list[list[Tensor]]) -> torch.device | None:
-        """The device that this step stays on; None for the CPU."""
-        for scope in gradients:
-            if scope:
-                return scope[0].device if stays_on_device(scope[0]) else None
-        return None if self._device_state is None else self._device_state.values.device
+    def _measure(self, param_groups: ParamGroups, device: torch.device | None) -> Measured:
+        """For each scope the norm over all ranks, and the gradients in this process."""
+        scopes = [param_groups] if self.config.scope == "global" else [[group] for group in param_groups]
+        if in_use():
+            return measure_over_ranks(scopes, self._groups, device)
+        gradients = [collect_gradients(scope) for scope in scopes]
+        return Measured([local_norm(scope, device) for scope in gradients], gradients)
 
-    def _clip_on_host(self, gradients: list[list[Tensor]], param_groups: ParamGroups, new_step: bool) -> bool:
-        norms = self._over_ranks([gradient_norm(scope) for scope in gradients], param_groups)
+    def _clip_on_host(self, param_groups: ParamGroups, new_step: bool) -> bool:
+        norms, gradients, reduced = self._measure(param_groups, None)
         total = norms[0] if len(norms) == 1 else math.hypot(*norms)
         finite = total < math.inf
         before, after = self._records_of(len(norms)), []
@@ -144,17 +149,9 @@ class ZClip:
         if new_step:
             self._records = after
             self.health.check(before, after)
-        return finite or self._accept_nonfinite(total, param_groups, new_step)
+        return finite or self._accept_nonfinite(total, param_groups, new_step, reduced)
 
-    def _over_ranks(self, norms: Any, param_groups: ParamGroups) -> Any:
-        """The norms over all ranks, of those in this process."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return norms
-        params = [p for group in param_groups for p in group["params"]]
-        refuse_unknown_shards(params, self._groups)
-        return global_norms(norms, self._groups, params[0].device if params else torch.device("cpu"))
-
-    def _accept_nonfinite(self, norm: float, param_groups: ParamGroups, new_step: bool) -> bool:
+    def _accept_nonfinite(self, norm: float, param_groups: ParamGroups, new_step: bool, reduced: Reduced) -> bool:
         """Count a norm that is not finite, once per step; whether the step may be taken all the same."""
         *_, was_skipped, (skipped_steps, streak) = self._records[0]
         if not new_step and was_skipped:
@@ -162,35 +159,32 @@ class ZClip:
         skips = self.config.nonfinite != "pass"
         counters = Counters(skipped_steps + skips, streak + 1)
         self._records = [record._replace(skipped=skips, counters=counters) for record in self._records]
-        self._answer_for_nonfinite(norm, param_groups)
+        self._answer_for_nonfinite(norm, param_groups, reduced)
         return not skips
 
-    def _answer_for_nonfinite(self, norm: float, param_groups: ParamGroups) -> None:
-        """Warn of norms that are not finite, or raise, as configured."""
+    def _answer_for_nonfinite(self, norm: float, param_groups: ParamGroups, reduced: Reduced) -> None:
+        """Warn of norms that are not finite, or raise, as configured.
+
+        All ranks that have seen the same sum come here, and join in saying where the bad elements are.
+        """
         streak = self._records[0].counters.nonfinite_streak
         self.health.check_nonfinite(streak)
         if self.config.nonfinite == "raise" or (self.config.nonfinite == "skip" and streak >= self._limit):
+            where, groups = describe_nonfinite(param_groups), groups_that_know(reduced)
+            where = join_descriptions(where, groups) if groups else where
             steps = self._records[0].decision.stats.step
             raise NonFiniteGradientError(
                 f"the gradient norm is {norm}, after {steps} finite steps, for {streak} in a row; "
-                f"gradients with NaN or infinite elements: {describe_nonfinite(param_groups)}"
+                f"gradients with NaN or infinite elements: {where or 'none in this process'}"
             )
 
     @property
     def _limit(self) -> float:
         return self.config.max_consecutive_nonfinite or math.inf
 
-    def _clip_on_device(
-        self,
-        gradients: list[list[Tensor]],
-        device: torch.device,
-        param_groups: ParamGroups,
-        new_step: bool,
-        optimizer: Any,
-    ) -> bool:
-        norms = self._over_ranks(torch.stack([device_norm(scope, device) for scope in gradients]), param_groups)
-        state = self._state_on(device, len(norms))
-        coefs, failed = state.step(norms, self.config, new_step)
+    def _clip_on_device(self, param_groups: ParamGroups, new_step: bool, device: torch.device, optimizer: Any) -> bool:
+        norms, gradients, reduced = self._measure(param_groups, device)
+        coefs, failed = self._state_on(device, len(norms)).step(torch.stack(norms), self.config, new_step)
         self._unread = True
         self.handed_over = len(norms) == 1 and hand_scale(optimizer, coefs)
         if not self.handed_over:
@@ -201,7 +195,7 @@ class ZClip:
         if not failed.item():  # the one thing that is ever read back in a step
             return True
         self._read()
-        self._answer_for_nonfinite(math.hypot(*norms.tolist()), param_groups)
+        self._answer_for_nonfinite(math.hypot(*map(float, norms)), param_groups, reduced)
         return False
 
     def _may_hand_skip(self) -> bool:
@@ -313,10 +307,19 @@ class ZClip:
         return to_flat(record.decision.stats, record.counters, self.config.scope)
 
 
+def _accelerator(param_groups: ParamGroups) -> torch.device | None:
+    """The device that a step stays on, that of the first parameter; None for the CPU."""
+    for group in param_groups:
+        for p in group["params"]:
+            return p.device if stays_on_device(p) else None
+    return None
+
+
 def _as_param_groups(model_or_parameters: Any) -> ParamGroups:
     if isinstance(model_or_parameters, nn.Module):
         named = dict(model_or_parameters.named_parameters())
-        return [{"params": list(named.values()), "param_names": list(named)}]
+        shard_groups = fsdp_groups(model_or_parameters) if in_use() else {}
+        return [{"params": list(named.values()), "param_names": list(named), "shard_groups": shard_groups}]
     items = _as_list(model_or_parameters)
     groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
     groups = [{**group, "params": _as_list(group["params"])} for group in groups]

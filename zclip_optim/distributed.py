@@ -1,18 +1,64 @@
-"""From local norms to global ones."""
+"""From the squared norms in this process to norms over the gradients of all ranks."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
+from zclip_optim.gradients import local_norm, local_tensor, wide_dtype
+
 ProcessGroups: TypeAlias = "dist.ProcessGroup | Sequence[dist.ProcessGroup] | None"
+Groups: TypeAlias = tuple[Any, ...]  # of ProcessGroups, a class that not every build of torch has
+ParamGroups: TypeAlias = Sequence[Mapping[str, Any]]
 
 
-def as_groups(process_group: ProcessGroups) -> tuple[Any, ...] | None:
+class Part(NamedTuple):
+    """Gradients in this process whose squared norm, divided by `copies`, is summed over `groups`, one after the other.
+
+    copies: how many of the ranks in `groups` together hold each element.
+    """
+
+    groups: Groups
+    copies: int
+    gradients: list[Tensor]
+
+
+Scalar: TypeAlias = Any  # a Python number, or a tensor without dimensions on the gradients' accelerator
+Reduced: TypeAlias = Sequence[tuple[Any, list[Scalar]]]  # groups, and the sums over their ranks
+
+
+class Measured(NamedTuple):
+    """Norms over all ranks, the gradients in this process to scale, both per scope, and what the norms were made of."""
+
+    norms: list[Scalar]
+    gradients: list[list[Tensor]]
+    reduced: Reduced = ()
+
+
+class _Layout(NamedTuple):
+    """How a tensor lies on the ranks: a mesh with a placement per dimension, or the groups that hold its shards."""
+
+    groups: Groups = ()
+    mesh: Any = None
+    placements: tuple[Any, ...] = ()
+
+    def sharded_dims(self) -> list[int]:
+        """The mesh dimensions along which the ranks hold different elements."""
+        dims = enumerate(self.placements)
+        return [dim for dim, placement in dims if not placement.is_replicate() and self.mesh.size(dim) > 1]
+
+
+def in_use() -> bool:
+    """Whether this process is one of several, or was started as if."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def as_groups(process_group: ProcessGroups) -> Groups | None:
     """The groups over which squared norms are summed; None if nothing was said about it.
 
     Raises:
@@ -26,28 +72,218 @@ def as_groups(process_group: ProcessGroups) -> tuple[Any, ...] | None:
     return groups
 
 
-def global_norms(norms: list[float], groups: Iterable[Any] | None, device: torch.device) -> list[float]:
-    """Norms over the gradients of all ranks: one all-reduce of `len(norms)` squares for each group."""
-    if not groups:
-        return norms
-    squares = torch.tensor([norm * norm for norm in norms], dtype=torch.float64, device=device)
-    for group in groups:
-        dist.all_reduce(squares, group=group)
-    return [math.sqrt(square) for square in squares.tolist()]
+def measure_over_ranks(
+    scopes: Sequence[ParamGroups], process_groups: Groups | None, device: torch.device | None
+) -> Measured:
+    """The norm of each scope over all ranks: numbers, or tensors on an accelerator if `device` is one.
 
-
-def refuse_unknown_shards(params: Iterable[Tensor], groups: tuple[Any, ...] | None) -> None:
-    """Refuse parameters that are shards of something this process does not see: their norm would be wrong.
+    The collectives follow from the layout of the parameters, so that a rank whose gradients are missing or whose shards
+    are empty joins them: one all-reduce of `len(scopes)` numbers per mesh of DTensors (per sharded dimension of a mesh
+    of several dimensions that leaves ranks out) and per group in `process_groups`.
 
     Raises:
-        ValueError: FSDP1 parameters, and no process group was given.
-        NotImplementedError: DTensors.
+        ValueError: see `split_gradients`.
     """
-    for p in params:
-        if groups is None and getattr(p, "_fsdp_flattened", False):
-            raise ValueError(
-                "these are FSDP's shards of parameters: pass process_group=model.process_group so that the norm covers "
-                "all of them (process_group=() for ShardingStrategy.NO_SHARD)"
-            )
-        if type(p) is not Parameter and hasattr(p, "device_mesh"):
-            raise NotImplementedError("DTensor parameters (FSDP2, tensor parallel) are not supported yet")
+    parts = [split_gradients(scope, process_groups) for scope in scopes]
+    squares: defaultdict[tuple[int, Groups], Scalar] = defaultdict(float)
+    for i, scope_parts in enumerate(parts):
+        for part in scope_parts:
+            norm = local_norm(part.gradients, device)
+            squares[i, part.groups] += norm * norm / part.copies
+    sums, reduced = sum_over_groups(squares, process_groups or (), _device_of(scopes))
+    norms = [sums[i] ** 0.5 for i in range(len(scopes))]
+    return Measured(norms, [_local_gradients(scope) for scope in scopes], reduced)
+
+
+def split_gradients(param_groups: ParamGroups, process_groups: Groups | None) -> list[Part]:
+    """The gradients in this process, those of tied parameters once, by the groups that hold the rest of them.
+
+    Args:
+        param_groups: as in an optimizer; "shard_groups" in one of them holds the groups of some of its parameters.
+        process_groups: groups that share everything; None if nothing was said about it.
+
+    Returns:
+        A part for every layout of a parameter, also if this process has no gradient for it.
+
+    Raises:
+        ValueError: FSDP1 parameters whose groups are unknown, or a process group that a mesh covers already.
+    """
+    layouts: dict[_Layout, dict[int, Tensor]] = {_Layout(): {}}
+    for p, groups in _params_with_groups(param_groups, process_groups):
+        gradient = None if p.grad is None else _without_partial(p.grad)
+        gradients = layouts.setdefault(_layout(p if gradient is None else gradient, groups), {})
+        if p.grad is not None and gradient is not None:
+            gradients[id(p.grad)] = local_tensor(gradient)
+    meshes: defaultdict[Any, set[int]] = defaultdict(set)
+    for layout in layouts:
+        if layout.mesh is not None:
+            meshes[layout.mesh].update(layout.sharded_dims())
+    return [
+        Part(*_reduction(layout, meshes[layout.mesh], process_groups or ()), list(gradients.values()))
+        for layout, gradients in layouts.items()
+    ]
+
+
+def _params_with_groups(param_groups: ParamGroups, process_groups: Groups | None) -> Iterator[tuple[Tensor, Groups]]:
+    for group in param_groups:
+        known = group.get("shard_groups", {}) if process_groups is None else {}
+        refuse_unknown_shards((p for p in group["params"] if p not in known), process_groups)
+        yield from ((p, known.get(p, ())) for p in group["params"])
+
+
+def _layout(value: Tensor, groups: Groups) -> _Layout:
+    mesh: Any = getattr(value, "device_mesh", None) if type(value) not in (Tensor, Parameter) else None
+    if mesh is None:
+        return _Layout(groups)
+    return _Layout(mesh=mesh, placements=value.placements)  # type: ignore[attr-defined]
+
+
+def _without_partial(gradient: Tensor) -> Tensor:
+    """The sum of a gradient that the ranks hold as terms of a sum: a shard of it on each, if it can be sharded."""
+    placements = list(getattr(gradient, "placements", ()))
+    if not any(placement.is_partial() for placement in placements):
+        return gradient
+    from torch.distributed.tensor import Replicate, Shard
+
+    taken = {getattr(placement, "dim", None) for placement in placements}
+    free = sorted(set(range(gradient.dim())) - taken, key=lambda dim: gradient.shape[dim])
+    for i, placement in enumerate(placements):
+        if placement.is_partial():
+            placements[i] = Shard(free.pop()) if free else Replicate()
+    return gradient.redistribute(placements=placements)  # type: ignore[attr-defined,no-any-return]
+
+
+def _reduction(layout: _Layout, mesh_dims: set[int], process_groups: Groups) -> tuple[Groups, int]:
+    """The groups to sum over, and how many of their ranks hold each element.
+
+    All tensors of a mesh are summed over the same dimensions, which any of them shards: one collective serves all.
+    """
+    if layout.mesh is None:
+        return layout.groups + process_groups, 1
+    if layout.mesh.get_coordinate() is None:  # this rank is not in the mesh
+        return process_groups, 1
+    if len(mesh_dims) > 1 and layout.mesh.size() == dist.get_world_size():
+        mesh_dims, groups = set(range(layout.mesh.ndim)), (dist.group.WORLD,)
+    else:
+        groups = tuple(sorted((layout.mesh.get_group(dim) for dim in mesh_dims), key=_name))
+    if not set(groups).isdisjoint(process_groups):
+        raise ValueError(
+            f"process_group holds the group over which the DTensors of {layout.mesh} are summed already: leave it out"
+        )
+    copies = math.prod(layout.mesh.size(dim) for dim in mesh_dims - set(layout.sharded_dims()))
+    return groups + process_groups, copies
+
+
+def _name(group: Any) -> str:
+    """The same on every rank of a group."""
+    return str(group.group_name)
+
+
+def sum_over_groups(
+    squares: Mapping[tuple[int, Groups], Scalar], last: Groups, device: torch.device
+) -> tuple[defaultdict[int, Scalar], Reduced]:
+    """Sum squared norms over groups of ranks; what is to be summed over the same group goes into one all-reduce.
+
+    Args:
+        squares: for a scope and the groups to sum over, one after the other, the squared norm in this process.
+        last: the groups that end each of these sequences.
+        device: where to reduce, if the group can.
+
+    Returns:
+        The sum of each scope, and the sums over each group.
+    """
+    squares, reduced = dict(squares), []
+    others = {group for _, groups in squares for group in groups} - set(last)
+    for group in (*sorted(others, key=_name), *last):  # one order on all ranks, lest they wait for each other
+        keys = [key for key in squares if key[1][:1] == (group,)]
+        sums = _all_reduce([squares.pop(key) for key in keys], group, device)
+        for (scope, groups), total in zip(keys, sums, strict=True):
+            squares[scope, groups[1:]] = squares.get((scope, groups[1:]), 0.0) + total
+        reduced.append((group, sums))
+    return defaultdict(float, {scope: total for (scope, _), total in squares.items()}), reduced
+
+
+def _all_reduce(values: list[Scalar], group: Any, device: torch.device) -> list[Scalar]:
+    """Sums over the ranks of a group, which come out with the same bits on each of them."""
+    types = [possible.type for possible in group._device_types]
+    place = device if device.type in types else types[0]
+    if any(isinstance(value, Tensor) for value in values):
+        sums = torch.stack([torch.as_tensor(value, dtype=wide_dtype(device), device=device) for value in values])
+        sums = sums.to(place)
+        dist.all_reduce(sums, group=group)
+        return list(sums.to(device).unbind())
+    sums = torch.tensor(values, dtype=torch.float64, device=place)
+    dist.all_reduce(sums, group=group)
+    return sums.tolist()
+
+
+def groups_that_know(reduced: Reduced) -> Groups:
+    """The groups over which a sum was not finite, all of whose ranks have therefore seen that it was not."""
+    return tuple(group for group, sums in reduced if not all(map(math.isfinite, sums)))
+
+
+def _device_of(scopes: Sequence[ParamGroups]) -> torch.device:
+    return next((p.device for scope in scopes for group in scope for p in group["params"]), torch.device("cpu"))
+
+
+def _local_gradients(param_groups: ParamGroups) -> list[Tensor]:
+    gradients = [p.grad for group in param_groups for p in group["params"] if p.grad is not None]
+    return [local_tensor(gradient) for gradient in {id(gradient): gradient for gradient in gradients}.values()]
+
+
+def join_descriptions(description: str, groups: Groups) -> str:
+    """What the ranks of `groups` have to say, by rank. Every rank of these groups must call it."""
+    said = {dist.get_rank(): description} if description else {}
+    for group in groups:
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, said, group=group)
+        said = {rank: text for ranks in gathered for rank, text in ranks.items()}
+    return "; ".join(f"rank {rank}: {text}" for rank, text in sorted(said.items()))
+
+
+def fsdp_groups(model: nn.Module) -> dict[Tensor, Groups]:
+    """For each parameter that FSDP1 has flattened, the groups of ranks that hold its shards."""
+    flattened = [p for p in model.parameters() if getattr(p, "_fsdp_flattened", False)]
+    if not flattened:
+        return {}
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    groups: dict[Tensor, Groups] = {}
+    for module in model.modules():  # outer modules before inner ones, whose parameters are their own
+        if isinstance(module, FullyShardedDataParallel):
+            whole = module.sharding_strategy is ShardingStrategy.NO_SHARD
+            groups.update(dict.fromkeys(module.parameters(), () if whole else (module.process_group,)))
+    return {p: groups[p] for p in flattened}
+
+
+def refuse_unknown_shards(params: Iterable[Tensor], groups: Groups | None) -> None:
+    """Refuse shards of parameters if nothing is known about the other ones: the norm would be wrong.
+
+    Raises:
+        ValueError: there are parameters of FSDP1, and no process group was given.
+    """
+    if groups is None and any(getattr(p, "_fsdp_flattened", False) for p in params):
+        raise ValueError(
+            "these are FSDP's shards of parameters: pass process_group=model.process_group so that the norm covers "
+            "all of them (process_group=() for ShardingStrategy.NO_SHARD)"
+        )
+
+
+def refuse_foreign_gradients(base_optimizer: object, params: Iterable[Tensor]) -> None:
+    """Refuse what keeps its gradients elsewhere than in `p.grad`, where no wrapper sees them.
+
+    Raises:
+        ValueError: an optimizer or parameters of DeepSpeed ZeRO or Megatron.
+    """
+    package = type(base_optimizer).__module__.partition(".")[0]
+    params = list(params)
+    if package == "deepspeed" or any(hasattr(p, "ds_id") for p in params):
+        owner, instead = "DeepSpeed ZeRO", "torch's fully_shard"
+    elif package == "megatron" or any(hasattr(p, "main_grad") for p in params):
+        owner, instead = "Megatron", "torch's fully_shard and tensor parallelism"
+    else:
+        return
+    raise ValueError(
+        f"{owner} keeps the gradients in buffers of its own, so their norm cannot be seen here: use {instead}, or "
+        "zclip_optim.zclip.decide with the norm that it reports"
+    )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._nn import flatten_dense_tensors
+from torch.nn import Parameter
 
 # torch accumulates a norm in float32, with a few running sums: over more than some thousand elements the last digits
 # drift (1e-3 over 25 M equal ones). Norms of short rows, normed again in float64, stay under 1e-6 and run as fast.
@@ -32,9 +33,14 @@ def collect_gradients(param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:
     return gradients
 
 
-def stays_on_device(gradient: Tensor) -> bool:
-    """Whether a value computed from this gradient must not be read by the host in every step."""
-    return not gradient.is_cpu
+def stays_on_device(tensor: Tensor) -> bool:
+    """Whether a value computed from this tensor must not be read by the host in every step."""
+    return not tensor.is_cpu
+
+
+def local_norm(gradients: Sequence[Tensor], device: torch.device | None) -> Any:
+    """L2 norm of the gradients in this process: a number, or a tensor without dimensions on an accelerator."""
+    return gradient_norm(gradients) if device is None else device_norm(gradients, device)
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> float:
@@ -86,15 +92,28 @@ def zero_gradients_(gradients: Sequence[Tensor]) -> None:
 
 
 def describe_nonfinite(param_groups: Iterable[dict[str, Any]], limit: int = 10) -> str:
-    """The parameters whose gradients hold NaN or infinities: by name where the groups have names, else by position."""
+    """The parameters whose gradients hold NaN or infinities in this process: by name where the groups have names, else
+    by position; empty if there are none.
+    """
     found = []
     for i, group in enumerate(param_groups):
         for j, p in enumerate(group["params"]):
-            if p.grad is not None and not _real_values(p.grad).isfinite().all():
+            if p.grad is not None and not _real_values(local_tensor(p.grad)).isfinite().all():
                 name = group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]"
                 found.append(f"{name} {tuple(p.shape)}")
     more = f" and {len(found) - limit} more" if len(found) > limit else ""
-    return ", ".join(found[:limit]) + more or "none in this process"
+    return ", ".join(found[:limit]) + more
+
+
+def local_tensor(value: Tensor) -> Tensor:
+    """The elements of a DTensor that this process holds, in its own memory; of another tensor all."""
+    if type(value) in (Tensor, Parameter) or not hasattr(value, "to_local"):
+        return value
+    with torch.no_grad():  # else it would be a copy that autograd knows
+        local: Tensor = value.to_local()
+        if hasattr(local, "trigger_wait"):  # still on its way from another rank
+            local = local.trigger_wait()
+    return local
 
 
 def _by_device_and_dtype(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:

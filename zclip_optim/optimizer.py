@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from zclip_optim.clipper import NonFiniteGradientError, ZClip
-from zclip_optim.distributed import ProcessGroups, refuse_unknown_shards
+from zclip_optim.distributed import ProcessGroups, refuse_foreign_gradients, refuse_unknown_shards
 from zclip_optim.fused import take_back
 from zclip_optim.gradients import collect_gradients, zero_gradients_
 from zclip_optim.metrics import ClipMetrics
@@ -119,6 +119,7 @@ class ZClipOptimizer(Optimizer):
             process_group=process_group,
         )
         refuse_unknown_shards(self._params(), self.clipper._groups)
+        refuse_foreign_gradients(base_optimizer, self._params())
         # Not Optimizer.__init__, which would, through the properties below, empty the base optimizer.
         self._make_hook_dicts()
         self._probes = isinstance(base_optimizer, torch.optim.LBFGS)  # moves the parameters before an evaluation
