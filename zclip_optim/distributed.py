@@ -1,5 +1,6 @@
 """From the squared norms in this process to norms over the gradients of all ranks."""
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from zclip_optim.gradients import local_norm, local_tensor, wide_dtype
 ProcessGroups: TypeAlias = "dist.ProcessGroup | Sequence[dist.ProcessGroup] | None"
 Groups: TypeAlias = tuple[Any, ...]  # of ProcessGroups, a class that not every build of torch has
 ParamGroups: TypeAlias = Sequence[Mapping[str, Any]]
+PLAIN = {Parameter, Tensor, type(None)}
 
 
 class Part(NamedTuple):
@@ -108,8 +110,13 @@ def split_gradients(param_groups: ParamGroups, process_groups: Groups | None) ->
     Raises:
         ValueError: FSDP1 parameters whose groups are unknown, or a process group that a mesh covers already.
     """
-    layouts: dict[_Layout, dict[int, Tensor]] = {_Layout(): {}}
+    whole: dict[int, Tensor] = {}
+    layouts = {_Layout(): whole}
     for p, groups in _params_with_groups(param_groups, process_groups):
+        if not groups and type(p) in PLAIN and type(p.grad) in PLAIN:  # as with DDP: nothing to find out
+            if p.grad is not None:
+                whole[id(p.grad)] = p.grad
+            continue
         gradient = None if p.grad is None else _without_partial(p.grad)
         gradients = layouts.setdefault(_layout(p if gradient is None else gradient, groups), {})
         if p.grad is not None and gradient is not None:
@@ -126,13 +133,14 @@ def split_gradients(param_groups: ParamGroups, process_groups: Groups | None) ->
 
 def _params_with_groups(param_groups: ParamGroups, process_groups: Groups | None) -> Iterator[tuple[Tensor, Groups]]:
     for group in param_groups:
+        params = group["params"]
         known = group.get("shard_groups", {}) if process_groups is None else {}
-        refuse_unknown_shards((p for p in group["params"] if p not in known), process_groups)
-        yield from ((p, known.get(p, ())) for p in group["params"])
+        refuse_unknown_shards((p for p in params if p not in known) if known else params, process_groups)
+        yield from ((p, known.get(p, ())) for p in params) if known else zip(params, itertools.repeat(()))
 
 
 def _layout(value: Tensor, groups: Groups) -> _Layout:
-    mesh: Any = getattr(value, "device_mesh", None) if type(value) not in (Tensor, Parameter) else None
+    mesh: Any = getattr(value, "device_mesh", None)
     if mesh is None:
         return _Layout(groups)
     return _Layout(mesh=mesh, placements=value.placements)  # type: ignore[attr-defined]

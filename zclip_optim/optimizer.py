@@ -51,7 +51,7 @@ class ZClipOptimizer(Optimizer):
             never.
         scope: "global" for one norm and one statistic, "group" for one per param group.
         process_group: process group, or several, over which squared norms are summed, for gradients that are shards
-            held as plain tensors; () for none.
+            held as plain tensors (FSDP1) and for pipeline stages; () for none. DTensors need none.
 
     Attributes:
         base_optimizer: the wrapped optimizer.
@@ -63,7 +63,8 @@ class ZClipOptimizer(Optimizer):
 
     Raises:
         TypeError: `base_optimizer` is not an optimizer instance, or is a ZClipOptimizer already.
-        ValueError: an argument is out of its range; names the argument, the value and the range.
+        ValueError: an argument is out of its range; names the argument, the value and the range. Or the parameters are
+            FSDP1's and there is no `process_group`, or DeepSpeed ZeRO or Megatron keeps their gradients elsewhere.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
