@@ -39,12 +39,12 @@ def stays_on_device(tensor: Tensor) -> bool:
     return not tensor.is_cpu
 
 
-def local_norm(gradients: Sequence[Tensor], device: torch.device | None) -> Any:
+def local_norm(gradients: list[Tensor], device: torch.device | None) -> Any:
     """L2 norm of the gradients in this process: a number, or a tensor without dimensions on an accelerator."""
     return gradient_norm(gradients) if device is None else device_norm(gradients, device)
 
 
-def gradient_norm(gradients: Sequence[Tensor]) -> float:
+def gradient_norm(gradients: list[Tensor]) -> float:
     """L2 norm over all elements of dense, sparse, real and complex tensors of any floating dtype and device.
 
     Accumulated in float32 or wider, and right also where the squares of the elements overflow or vanish in float32.
@@ -131,9 +131,9 @@ def _real_values(gradient: Tensor) -> Tensor:
     return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 
-def _sum_of_squares(gradients: Sequence[Tensor]) -> float:
+def _sum_of_squares(gradients: list[Tensor]) -> float:
     if 0 < len(gradients) <= FEW and all(map(_is_short, gradients)):
-        return sum([norm * norm for norm in map(Tensor.item, torch._foreach_norm(gradients))])
+        return sum([float(norm * norm) for norm in map(Tensor.item, torch._foreach_norm(gradients))])
     small = [g for g in gradients if g.numel() <= SMALL and g.is_contiguous()]
     total = sum([_sum_over_batch(small[i : i + BATCH]) for i in range(0, len(small), BATCH)])
     if len(small) == len(gradients):
@@ -151,7 +151,7 @@ def _is_short(g: Tensor) -> bool:
     return g.dtype is torch.float32 and g.numel() <= SHORT and g.is_contiguous()
 
 
-def _sum_over_batch(batch: Sequence[Tensor]) -> float:
+def _sum_over_batch(batch: list[Tensor]) -> float:
     try:
         flat = flatten_dense_tensors(batch)
     except RuntimeError:  # they are on several devices
