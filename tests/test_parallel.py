@@ -19,6 +19,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+import zclip_optim.clipper
 from zclip_optim import ZClip, ZClipOptimizer
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -351,6 +352,25 @@ def test_fsdp1_hybrid(four, by_model, inner):
 def test_fsdp1_accumulating(two):
     options = {"strategy": ShardingStrategy.FULL_SHARD, "use_orig_params": True}
     assert_equal_to_one_process(two, Fsdp1Accumulating, Plain, "AdamW", **options)
+
+
+def check_on_device(rank, way, inner):
+    on_host = train(way(rank), inner)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zclip_optim.clipper, "stays_on_device", lambda tensor: True)
+        on_device = train(way(rank), inner)
+    return on_host[0], on_device[0], distance(on_host[1], on_device[1])
+
+
+@pytest.mark.parametrize("inner", ["AdamW fused", "SGD"])
+@pytest.mark.parametrize("way", [Ddp, Fsdp2, Hsdp, TensorParallel, Pipeline])
+def test_statistics_that_stay_on_the_device(two, four, way, inner):
+    results = (four if way in (Hsdp, TensorParallel) else two).run(check_on_device, way, inner)
+    assert all(on_device == results[0][1] for _, on_device, _ in results)  # bit for bit
+    for on_host, on_device, apart in results:
+        for ours, expected in zip(on_device, on_host, strict=True):
+            assert ours == pytest.approx(expected, rel=1e-5)
+        assert apart <= 1e-5
 
 
 def check_refusal(rank):

@@ -46,6 +46,10 @@ class ZClip:
     Args:
         **options: the keyword arguments of `ZClipOptimizer`, with the same meaning, defaults and errors.
 
+    On an accelerator the statistics stay there: a step reads nothing back but, unless ``nonfinite="pass"``, one flag.
+    Reading `metrics`, `step_was_skipped` or `state_dict()` waits for the device, once per step, and `step` does because
+    it returns a number.
+
     Attributes:
         config: the validated hyperparameters.
         metrics: `ClipMetrics` of the last step.
@@ -102,7 +106,7 @@ class ZClip:
         return math.hypot(*(record.norm for record in self._read()))
 
     def clip_(self, param_groups: ParamGroups, *, new_step: bool = True, optimizer: Any = None) -> bool:
-        """Clip the gradients of param groups in place; returns whether the optimizer may step.
+        """Clip the gradients of param groups in place.
 
         Args:
             param_groups: as in an optimizer.
@@ -110,6 +114,12 @@ class ZClip:
                 statistics that this step began with and changes neither them nor the metrics.
             optimizer: the one that steps next. If its kernels can scale gradients on an accelerator, and skip, that is
                 left to them; then `handed_over` is True, and `fused.take_back` is due after the step.
+
+        Returns:
+            Whether the optimizer may step.
+
+        Raises:
+            NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
         """
         if torch.compiler.is_compiling():  # else it would be compiled anew for every value of its floats
             return bool(torch.compiler.disable(self._clip)(param_groups, new_step, optimizer))  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ SHORT = 2**10  # elements, up to which one norm in float32 will do
 # is made but of 16-bit gradients, in float32, chunk by chunk.
 SMALL = 2**12
 FEW = 8
-BATCH = 2**6
+BATCH = 2**18  # elements, at most
 CHUNK = 2**22
 COPIED_CHUNK = 2**20
 # Sums of squares below this may have lost elements to float32's underflow, even over 1e9 elements.
@@ -134,29 +134,38 @@ def _real_values(gradient: Tensor) -> Tensor:
 def _sum_of_squares(gradients: list[Tensor]) -> float:
     if 0 < len(gradients) <= FEW and all(map(_is_short, gradients)):
         return sum([float(norm * norm) for norm in map(Tensor.item, torch._foreach_norm(gradients))])
-    small = [g for g in gradients if g.numel() <= SMALL and g.is_contiguous()]
-    total = sum([_sum_over_batch(small[i : i + BATCH]) for i in range(0, len(small), BATCH)])
-    if len(small) == len(gradients):
-        return total
+    total = 0.0
+    batch: list[Tensor] = []
+    room = BATCH
     for g in gradients:
-        contiguous = g.is_contiguous()  # which no sparse tensor is
-        if g.dtype is torch.float32 and contiguous and SMALL < g.numel() <= CHUNK:
-            total += _sum_over_rows(g)
-        elif not contiguous or g.numel() > SMALL:
-            total += _sum_over(g)
-    return total
+        size = g.numel()
+        if size > SMALL:
+            total += _sum_over_large(g)
+            continue
+        if size > room:
+            total += _sum_over_batch(batch)
+            batch, room = [], BATCH
+        batch.append(g)
+        room -= size
+    return total + _sum_over_batch(batch) if batch else total
 
 
 def _is_short(g: Tensor) -> bool:
-    return g.dtype is torch.float32 and g.numel() <= SHORT and g.is_contiguous()
+    return g.dtype is torch.float32 and g.numel() <= SHORT and not g.is_sparse
 
 
 def _sum_over_batch(batch: list[Tensor]) -> float:
     try:
         flat = flatten_dense_tensors(batch)
-    except RuntimeError:  # they are on several devices
+    except RuntimeError:  # some are sparse, or they are on several devices
         return sum([_sum_over(g) for g in batch])
     return _sum_over_rows(flat) if flat.dtype is torch.float32 else _sum_over(flat)
+
+
+def _sum_over_large(g: Tensor) -> float:
+    if g.dtype is torch.float32 and g.numel() <= CHUNK and g.is_contiguous():  # which no sparse tensor is
+        return _sum_over_rows(g)
+    return _sum_over(g)
 
 
 def _sum_over(gradient: Tensor, divisor: float = 1.0) -> float:

@@ -48,7 +48,7 @@ class ZClipOptimizer(Optimizer):
         nonfinite: what a NaN or infinite norm does: "skip" the step (gradients stay for inspection), "raise"
             `NonFiniteGradientError`, or "pass" the step on unscaled. It never enters the statistics.
         max_consecutive_nonfinite: with ``nonfinite="skip"``, raise at the so many-th such step in a row, >= 1; None:
-            never.
+            never. A fused kernel on an accelerator skips by itself: there it raises once `metrics` were read.
         scope: "global" for one norm and one statistic, "group" for one per param group.
         process_group: process group, or several, over which squared norms are summed, for gradients that are shards
             held as plain tensors (FSDP1) and for pipeline stages; () for none. DTensors need none.
@@ -57,7 +57,8 @@ class ZClipOptimizer(Optimizer):
         base_optimizer: the wrapped optimizer.
         clipper: the `ZClip` that does the work.
         metrics: `ClipMetrics` of the last step: `grad_norm`, `clipped_norm`, `threshold`, `z_score`, `clip_coef`,
-            `clipped`, `clip_rate` and more; ``metrics.as_dict()`` is ready for a logger.
+            `clipped`, `clip_rate` and more; ``metrics.as_dict()`` is ready for a logger. On an accelerator reading it
+            waits for the device, once per step; a step itself does not.
         group_metrics: `ClipMetrics` of the last step for each param group, with ``scope="group"``.
         step_was_skipped: whether the last step left the parameters alone, because the norm was NaN or infinite.
 
