@@ -62,13 +62,14 @@ def run(args: argparse.Namespace) -> None:
     device = torch.device("cuda")
     bandwidth = copy_bandwidth(device)
     fits = [size for size in SIZES if size.parameters <= args.max_parameters]
-    rows = {s: measure(s, args.seconds, device) for s in tqdm(fits, unit="size", mininterval=progress_interval())}
-    checks = {size: check(size, row, bandwidth, device) for size, row in rows.items()}
-    print(ratios(list(rows.values())), microseconds(list(rows.values())), sep="\n\n")
+    progress = tqdm(fits, unit="size", mininterval=progress_interval())
+    rows = [measure(size, args.seconds, device) for size in progress]
+    checks = [check(size, row, bandwidth, device) for size, row in zip(fits, rows, strict=True)]
+    print(ratios(rows), microseconds(rows), sep="\n\n")
     result = heading("gpu", [0], "zclip", "autoclip") | {
         "device": torch.cuda.get_device_name(),
         "copy_bandwidth": bandwidth,
-        "rows": [asdict(row) | asdict(checks[size]) for size, row in rows.items()],
+        "rows": [asdict(row) | asdict(checked) for row, checked in zip(rows, checks, strict=True)],
     }
     write_json(args.out / "gpu.json", result)
     print(f"wrote {args.out / 'gpu.json'}")
@@ -109,6 +110,7 @@ def captured_steps(size: Size, device: torch.device) -> int:
     model = with_gradients(size, device)
     optimizer = ZClipOptimizer(AdamW(model.parameters(), fused=True, capturable=True))
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             optimizer.step()

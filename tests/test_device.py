@@ -168,6 +168,47 @@ def test_a_captured_step_is_read_anew_every_time(on_device, monkeypatch):
     assert optimizer.metrics.step == 2
 
 
+def test_a_captured_step_is_read_anew_after_a_rollback(on_device, monkeypatch):
+    monkeypatch.setattr(device_module, "_is_capturing", lambda values: True)
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = ZClipOptimizer(FUSED["AdamW"]([p]))
+    set_gradients([p], 1.0)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.clipper._device_state.step(torch.ones(1, dtype=torch.float64), optimizer.clipper.config, True)
+    assert optimizer.metrics.step == 2
+
+
+@pytest.mark.filterwarnings("ignore::zclip_optim.ZClipWarning")
+def test_a_streak_that_is_over_costs_no_further_reads(on_device):
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = ZClipOptimizer(FUSED["AdamW"]([p]), max_consecutive_nonfinite=3)
+    for norm in (math.nan, math.nan):
+        set_gradients([p], norm)
+        optimizer.step()
+    assert optimizer.metrics.skipped_steps == 2
+    set_gradients([p], 1.0)
+    reads = []
+    for _ in range(4):
+        with CountReads() as mode:
+            optimizer.step()
+        reads.append(mode.reads)
+    assert reads == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("every", [50, 150, 190, 199, 450])
+def test_the_clip_rate_is_seen_however_seldom_metrics_are_read(every, on_device):
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = ZClipOptimizer(sgd([p]), nonfinite="pass")
+    generator = torch.Generator().manual_seed(0)
+    with pytest.warns(ZClipWarning, match="steps were clipped"):
+        for step in range(1, 901):
+            set_gradients([p], 1 + 0.01 * torch.rand((), generator=generator).item() + (step > 30 and step % 3 == 0))
+            optimizer.step()
+            if step % every == 0:
+                _ = optimizer.metrics
+
+
 def test_warnings_come_with_the_first_reading(on_device):
     p = torch.nn.Parameter(torch.randn(5, dtype=torch.float64))
     optimizer = ZClipOptimizer(FUSED["AdamW"]([p]), warmup_steps=10, patience=5)
@@ -244,6 +285,19 @@ class TestFusedKernels:
         reference.param_groups[0]["params"][0].grad = p.grad.clone()
         reference.step()
         assert torch.equal(p, reference.param_groups[0]["params"][0])
+
+    def test_a_gradient_of_two_parameters_is_scaled_once(self, monkeypatch):
+        def after_a_spike():
+            p, q = torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(5))
+            optimizer = ZClipOptimizer(FUSED["SGD"]([p, q]), max_grad_norm=0.5)
+            p.grad = torch.ones(5)
+            q.grad = p.grad
+            optimizer.step()
+            return torch.stack([p.detach(), q.detach()])
+
+        on_host = after_a_spike()
+        monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: True)
+        torch.testing.assert_close(after_a_spike(), on_host)
 
     def test_exact_types_only(self, on_device):
         class Own(torch.optim.AdamW):
@@ -342,6 +396,52 @@ class TestNonFinite:
         with pytest.raises(NonFiniteGradientError, match="norm is inf"):
             optimizer.step()
         assert not {"grad_scale", "found_inf"} & vars(base).keys()
+
+
+class TwoEvaluations(torch.optim.SGD):
+    """Like SAM: moves the parameters, and asks for the gradients there."""
+
+    def step(self, closure=None):
+        closure()
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.add_(0.01)
+        closure()
+        super().step()
+
+
+@pytest.mark.parametrize("stays", [False, True], ids=["host", "device"])
+def test_later_evaluations_that_are_not_finite_count_too(stays, monkeypatch):
+    monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: stays)
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = ZClipOptimizer(TwoEvaluations([p], lr=0.1), max_consecutive_nonfinite=3)
+    norms = iter([1.0, math.nan, 1.0, math.nan, 1.0, 1.0, 1.0, math.nan, 1.0, math.nan, 1.0, math.nan])
+    with pytest.warns(ZClipWarning, match="NaN or infinite"):
+        for _ in range(5):
+            optimizer.step(lambda: set_gradients([p], next(norms)))
+    with pytest.raises(NonFiniteGradientError, match="for 3 in a row"):
+        optimizer.step(lambda: set_gradients([p], next(norms)))
+    assert optimizer.metrics.skipped_steps == 5
+
+
+@pytest.mark.parametrize("stays", [False, True], ids=["host", "device"])
+def test_a_streak_survives_a_checkpoint_and_ends_with_a_finite_step(stays, monkeypatch):
+    monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: stays)
+
+    def streak_after(optimizer, norms):
+        for norm in norms:
+            set_gradients([p], norm)
+            optimizer.step()
+        return optimizer.state_dict()["param_groups"][0]["zclip_nonfinite_streak"]
+
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = ZClipOptimizer(sgd([p]))
+    assert streak_after(optimizer, [1.0, math.nan, math.nan]) == 2
+    resumed = ZClipOptimizer(sgd([p]))
+    resumed.load_state_dict(optimizer.state_dict())
+    assert streak_after(resumed, [math.nan]) == 3
+    assert streak_after(resumed, [1.0]) == 0
+    assert streak_after(resumed, [math.nan, 1.0, math.nan]) == 1
 
 
 class TestState:
@@ -469,6 +569,21 @@ class TestCompiling:
             eager = device_module._advance(states[0].values, norms, config, True)
             ours = compiled(states[1].values, norms, config, True)
             torch.testing.assert_close((*ours, states[1].values), (*eager, states[0].values), equal_nan=True)
+
+    def test_any_number_of_configurations(self, on_device, monkeypatch):
+        compile_ = torch.compile
+        monkeypatch.setattr(device_module, "COMPILED_ON", ("cpu",))
+        monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, **options, backend="eager"))
+        device_module._advance_on.cache_clear()
+        p = torch.nn.Parameter(torch.randn(5))
+        try:
+            for i in range(12):  # more than torch compiles of one function
+                optimizer = ZClipOptimizer(sgd([p]), z_thresh=2.0 + i)
+                set_gradients([p], 1.0)
+                optimizer.step()
+                assert optimizer.metrics.step == 1
+        finally:
+            device_module._advance_on.cache_clear()
 
     def test_where_compiling_fails_it_runs_as_it_is(self, on_device, monkeypatch):
         def cannot_compile(*args, **kwargs):

@@ -19,6 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from training import backward, make_model, set_gradients
 from world import World
 
+import zclip_optim.clipper
 from zclip_optim import NonFiniteGradientError, ZClip, ZClipOptimizer, ZClipWarning
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -510,3 +511,28 @@ def test_a_hang_or_a_crash_is_a_failure_with_every_stack():
     finally:
         world.close()
     assert time.monotonic() - start < 60
+
+
+def check_that_only_one_rank_reads(rank):
+    """The rank that has read the metrics raises by itself; no collective waits for the others."""
+    p = nn.Parameter(torch.ones(4))
+    optimizer = ZClipOptimizer(
+        torch.optim.AdamW([p], fused=True), process_group=dist.group.WORLD, max_consecutive_nonfinite=3
+    )
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ZClipWarning)
+        patch.setattr(zclip_optim.clipper, "stays_on_device", lambda tensor: True)
+        p.grad = torch.full((4,), math.nan)
+        for _ in range(2):
+            optimizer.step()
+        if rank == 0:
+            assert optimizer.metrics.skipped_steps == 2
+            with pytest.raises(NonFiniteGradientError, match="for 3 in a row"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            assert optimizer.metrics.skipped_steps == 3
+
+
+def test_reading_metrics_on_one_rank_makes_no_other_wait(two):
+    two.run(check_that_only_one_rank_reads)

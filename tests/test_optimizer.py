@@ -186,6 +186,21 @@ class TestClosure:
         assert max(norms) == pytest.approx(1e-3, rel=1e-4)
         assert optimizer.metrics.step == 1
 
+    def test_a_closure_that_writes_to_parameters_is_not_taken_for_the_optimizer(self):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = ZClipOptimizer(torch.optim.AdamW([p], lr=0.1, weight_decay=0.5))
+
+        def closure():
+            with torch.no_grad():
+                p.clamp_(max=1.0)
+            p.grad = torch.full_like(p, math.nan)
+            return torch.tensor(0.0)
+
+        optimizer.step(closure)
+        assert optimizer.step_was_skipped
+        assert torch.equal(p, torch.ones(3))
+        assert not optimizer.state
+
     def test_the_closure_runs_with_grad_enabled_also_where_the_inner_optimizer_does_not_see_to_it(self):
         class NoGrad(torch.optim.SGD):
             @torch.no_grad()

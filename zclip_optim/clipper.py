@@ -126,6 +126,7 @@ class ZClip:
         return self._clip(param_groups, new_step, optimizer)
 
     def _clip(self, param_groups: ParamGroups, new_step: bool, optimizer: Any) -> bool:
+        self.handed_over = False
         device = _accelerator(param_groups)
         if device is None:
             return self._clip_on_host(param_groups, new_step)
@@ -146,7 +147,7 @@ class ZClip:
         finite = total < math.inf
         before, after = self._records_of(len(norms)), []
         counters = before[0].counters
-        if finite and counters.nonfinite_streak:
+        if new_step and counters.nonfinite_streak and not before[0].skipped:
             counters = counters._replace(nonfinite_streak=0)
         for record, norm, scope in zip(before, norms, gradients, strict=True):
             stats = record.decision.stats if new_step else record.before
@@ -175,7 +176,7 @@ class ZClip:
     def _answer_for_nonfinite(self, norm: float, param_groups: ParamGroups, reduced: Reduced) -> None:
         """Warn of norms that are not finite, or raise, as configured.
 
-        All ranks that have seen the same sum come here, and join in saying where the bad elements are.
+        The ranks over which `reduced` was summed have all come here, and join in saying where the bad elements are.
         """
         streak = self._records[0].counters.nonfinite_streak
         self.health.check_nonfinite(streak)
@@ -196,16 +197,19 @@ class ZClip:
         norms, gradients, reduced = self._measure(param_groups, device)
         coefs, failed = self._state_on(device, len(norms)).step(torch.stack(norms), self.config, new_step)
         self._unread = True
-        self.handed_over = len(norms) == 1 and hand_scale(optimizer, coefs)
+        self.handed_over = _each_has_its_own(param_groups, gradients) and hand_scale(optimizer, coefs)
         if not self.handed_over:
             for scope, coef in zip(gradients, coefs.unbind(), strict=True):
                 scale_gradients_(scope, coef)
         if self.config.nonfinite == "pass" or (self._may_hand_skip() and hand_skip(optimizer, failed)):
             return True
         if not failed.item():  # the one thing that is ever read back in a step
+            self._records = [record.without_streak() for record in self._records]
             return True
         self._read()
-        self._answer_for_nonfinite(math.hypot(*map(float, norms)), param_groups, reduced)
+        # Whether a rank comes here with a fused optimizer depends on what it has read before: no collective then.
+        alone = self.handed_over and self.config.nonfinite == "skip"
+        self._answer_for_nonfinite(math.hypot(*map(float, norms)), param_groups, () if alone else reduced)
         return False
 
     def _may_hand_skip(self) -> bool:
@@ -301,11 +305,11 @@ class ZClip:
         """Take over a parsed state; None starts afresh."""
         stats, counters = saved or SavedState([NormStats()], Counters())
         self._records = [StepRecord.before_any(one, counters) for one in stats]
-        self._unread = False
         if self._device_state is not None and self._device_state.values.shape[1] == len(stats):
             self._device_state.write(self._records)
         else:
             self._device_state = None
+        self._unread = self._device_state is not None and self._device_state.replayed
 
     def publish(self, param_groups: ParamGroups) -> None:
         """Write the state into param groups, from where `parse_groups` reads it after a checkpoint."""
@@ -314,7 +318,8 @@ class ZClip:
             group.update(self._to_flat(records[i if self.config.scope == "group" else 0]))
 
     def _to_flat(self, record: StepRecord) -> dict[str, Any]:
-        return to_flat(record.decision.stats, record.counters, self.config.scope)
+        counters = record.counters if record.skipped else record.without_streak().counters
+        return to_flat(record.decision.stats, counters, self.config.scope)
 
 
 def _accelerator(param_groups: ParamGroups) -> torch.device | None:
@@ -323,6 +328,12 @@ def _accelerator(param_groups: ParamGroups) -> torch.device | None:
         for p in group["params"]:
             return p.device if stays_on_device(p) else None
     return None
+
+
+def _each_has_its_own(param_groups: ParamGroups, gradients: list[list[Tensor]]) -> bool:
+    """Whether there is one scope and no gradient belongs to two parameters, which a kernel would scale twice."""
+    held = sum([p.grad is not None for group in param_groups for p in group["params"]])
+    return len(gradients) == 1 and len(gradients[0]) == held
 
 
 def _as_param_groups(model_or_parameters: Any) -> ParamGroups:

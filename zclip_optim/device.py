@@ -1,6 +1,7 @@
 """The clipper's state on an accelerator: a tensor that every step updates in place and the host reads when asked."""
 
 import functools
+import types
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -49,7 +50,7 @@ class DeviceState:
             The coefficients, one per scope, and whether the norm of any is NaN or infinite, in one element.
         """
         self.replayed = self.replayed or _is_capturing(self.values)
-        return _advance_on(self.values.device.type)(self.values, norms, config, new_step)
+        return _advance_on(self.values.device.type, config, len(norms))(self.values, norms, config, new_step)
 
     def read(self) -> list[StepRecord]:
         """The records on the host, one per scope, in one transfer."""
@@ -70,7 +71,8 @@ def _advance(values: Tensor, norms: Tensor, config: ZClipConfig, new_step: bool)
     failed = ~(total < torch.inf)
     decision = decide(norms.where(~failed, total), before, config)
     if new_step:
-        counters = record.counters._replace(nonfinite_streak=record.counters.nonfinite_streak * failed)
+        streak = record.counters.nonfinite_streak * (record.skipped != 0)
+        counters = record.counters._replace(nonfinite_streak=streak)
         record = StepRecord(before, norms, decision, torch.zeros_like(norms), counters)
     record = _count_failure(record, failed, skips=config.nonfinite != "pass")
     values.copy_(torch.stack([row.expand_as(norms) for row in record.pack()]))
@@ -87,11 +89,13 @@ def _count_failure(record: StepRecord, failed: Tensor, skips: bool) -> StepRecor
 
 
 @functools.cache
-def _advance_on(device_type: str) -> Advance:
+def _advance_on(device_type: str, config: ZClipConfig, n_scopes: int) -> Advance:
     """`_advance` as it is fastest on a kind of device."""
     if device_type not in COMPILED_ON:
         return _advance
-    compiled: Advance = torch.compile(_advance, fullgraph=True, dynamic=False)
+    # Of a code object of its own: torch compiles each a few times, then gives up.
+    own = types.FunctionType(_advance.__code__.replace(), _advance.__globals__, _advance.__name__)
+    compiled: Advance = torch.compile(own, fullgraph=True, dynamic=False)
     works = True
 
     def advance(values: Tensor, norms: Tensor, config: ZClipConfig, new_step: bool) -> tuple[Tensor, Tensor]:

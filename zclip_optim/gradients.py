@@ -11,12 +11,12 @@ from torch._C._nn import flatten_dense_tensors
 from torch.nn import Parameter
 
 # torch accumulates a norm in float32, with a few running sums: over more than a thousand elements the last digits drift
-# (1e-6 over 1,024 equal ones, 1e-3 over 25 M). Norms of short rows, summed in float64, stay well under 1e-6 and run
-# nearly as fast as a plain read.
-ROW = 2**9
+# (1e-6 over 1,024 equal ones, 1e-3 over 25 M). Norms of short rows, summed in float64, stay under 1e-6 (4e-7 if all are
+# equal, 9e-7 with the worst that was contrived) and run nearly as fast as a plain read.
+ROW = 2**8
 SHORT = 2**10  # elements, up to which one norm in float32 will do
-# Calls are what small gradients cost, so a batch of them is copied into one tensor, unless they are few. No other copy
-# is made but of 16-bit gradients, in float32, chunk by chunk.
+# Calls are what small gradients cost, so a batch of them is copied into one tensor, unless they are few. Of large ones
+# no copy is made but of 16-bit ones, in float32, chunk by chunk, and of those with holes in memory.
 SMALL = 2**12
 FEW = 8
 BATCH = 2**18  # elements, at most
@@ -45,7 +45,7 @@ def local_norm(gradients: list[Tensor], device: torch.device | None) -> Any:
 
 
 def gradient_norm(gradients: list[Tensor]) -> float:
-    """L2 norm over all elements of dense, sparse, real and complex tensors of any floating dtype and device.
+    """L2 norm over all elements of dense, sparse (COO), real and complex tensors of any floating dtype and device.
 
     Accumulated in float32 or wider, and right also where the squares of the elements overflow or vanish in float32.
     Reads every gradient once. For gradients on the CPU; one on an accelerator is read back.
@@ -55,10 +55,10 @@ def gradient_norm(gradients: list[Tensor]) -> float:
 
 
 def device_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """`gradient_norm` as a tensor without dimensions on `device`, for gradients on accelerators.
+    """L2 norm as a tensor without dimensions on `device`, for gradients on accelerators.
 
     Nothing is read back (but by `coalesce` of sparse gradients). Accumulated in float64, where no square of a float32
-    overflows or vanishes; a device without float64 accumulates in float32.
+    overflows or vanishes, but those of float64 gradients may; a device without float64 accumulates in float32.
     """
     dtype = wide_dtype(device)
     batches = _by_device_and_dtype(map(_real_values, gradients))

@@ -65,12 +65,12 @@ class Health:
         )
 
     def _check_clip_rate(self, scope: int, old: NormStats, new: NormStats) -> None:
-        if old.step == 0:
-            self._window_starts[scope] = old
-        if new.step // WINDOW > old.step // WINDOW:
-            start = self._window_starts.get(scope, new)
-            steps, clipped = new.step - start.step, new.clipped_steps - start.clipped_steps
-            if steps >= WINDOW and clipped > HIGH_CLIP_RATE * steps:
+        start = self._window_starts.setdefault(scope, old)
+        steps, clipped = new.step - start.step, new.clipped_steps - start.clipped_steps
+        if steps < 0:  # another checkpoint was loaded
+            self._window_starts[scope] = new
+        if steps >= WINDOW:
+            if clipped > HIGH_CLIP_RATE * steps:
                 self.warn(
                     "clip rate",
                     f"{clipped} of the last {steps} steps{self._where(scope)} were clipped, at step {new.step}: the "

@@ -336,9 +336,10 @@ class _ClippingClosure:
         self.error: NonFiniteGradientError | None = None
 
     def __call__(self) -> Any:
+        self.moved |= self._versions() != self.versions
         with torch.enable_grad():
             loss = self.closure()
-        self.moved |= self._versions() != self.versions
+        self.versions = self._versions()  # a closure may write to parameters as well
         may_step = self._clip()
         self.evaluations += 1
         if not may_step:

@@ -36,7 +36,12 @@ class StepRecord(NamedTuple):
     @classmethod
     def before_any(cls, stats: NormStats, counters: Counters) -> "StepRecord":
         """Before the first step, here or since a checkpoint."""
-        return cls(stats, math.nan, Decision(1.0, math.nan, math.nan, math.nan, False, stats), False, counters)
+        nothing = Decision(1.0, math.nan, math.nan, math.nan, False, stats)
+        return cls(stats, math.nan, nothing, counters.nonfinite_streak > 0, counters)
+
+    def without_streak(self) -> "StepRecord":
+        """The same, with the streak of norms that were not finite at its end."""
+        return self._replace(counters=self.counters._replace(nonfinite_streak=0))
 
     def pack(self) -> list[Scalar]:
         """All numbers in a row."""

@@ -32,7 +32,9 @@ class ZClipCallback(Callback):
             that the module has wrapped itself keep their own.
 
     Raises:
-        ValueError: an argument is out of its range; names the argument, the value and the range.
+        ValueError: an argument is out of its range; names the argument, the value and the range. When fitting starts,
+            the strategy is FSDP1, whose group is not known before: use `ModelParallelStrategy` (FSDP2), or wrap the
+            optimizer in `configure_optimizers`.
 
     Warns:
         ZClipWarning: the trainer has a `gradient_clip_val`, which clips first and hides every spike.
