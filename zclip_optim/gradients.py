@@ -11,10 +11,10 @@ from torch._C._nn import flatten_dense_tensors
 from torch.nn import Parameter
 
 # torch accumulates a norm in float32, with a few running sums: over more than a thousand elements the last digits drift
-# (1e-6 over 1,024 equal ones, 1e-3 over 25 M). Norms of short rows, summed in float64, stay under 1e-6 (4e-7 if all are
-# equal, 9e-7 with the worst that was contrived) and run nearly as fast as a plain read.
-ROW = 2**8
-SHORT = 2**10  # elements, up to which one norm in float32 will do
+# (1e-6 over 1,024 equal ones, 1e-3 over 25 M). Norms of short rows, summed in float64, are 5e-7 off if all elements are
+# equal, 2e-6 with the worst that was contrived, some 1e-9 on random ones, and run nearly as fast as a plain read.
+ROW = 2**9
+SHORT = 2**10  # elements, up to which one norm in float32 will do (1e-6 if all are equal, 4e-6 contrived)
 # Calls are what small gradients cost, so a batch of them is copied into one tensor, unless they are few. Of large ones
 # no copy is made but of 16-bit ones, in float32, chunk by chunk, and of those with holes in memory.
 SMALL = 2**12
