@@ -656,6 +656,23 @@ class TestMemory:
             scale_gradients_(gradients, 0.5)
         assert 0 < mode.peak < limit
 
+    @pytest.mark.parametrize(
+        "gradient",
+        [
+            torch.ones(4000, 10_000)[:, :5000],
+            torch.ones(4000, 10_000, dtype=torch.bfloat16)[:, :5000],
+            torch.ones(2000, 5000, dtype=torch.complex64).conj(),
+            torch.ones(4000, 5000).t(),
+            torch.ones(1).expand(20_000_000),
+        ],
+        ids=["columns", "columns of 16 bits", "conjugate", "transposed", "expanded"],
+    )
+    def test_nor_are_those_that_lie_in_memory_otherwise(self, gradient):
+        with LiveBytes() as mode:
+            norm = gradient_norm([gradient])
+        assert norm == pytest.approx(math.sqrt(gradient.numel()))
+        assert 0 < mode.peak < 9_000_000  # of 40 to 80 MB
+
     def test_a_scalar_per_tensor_on_the_device(self, on_device):
         params = [torch.nn.Parameter(torch.ones(100, 100)) for _ in range(50)]
         optimizer = ZClipOptimizer(FUSED["AdamW"](params))

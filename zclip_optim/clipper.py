@@ -254,7 +254,7 @@ class ZClip:
 
     @property
     def group_metrics(self) -> list[ClipMetrics]:
-        """`ClipMetrics` of the last step, one per param group; a single one unless ``scope="group"``."""
+        """`ClipMetrics` of the last step, one per param group that it had; a single one unless ``scope="group"``."""
         return [self._describe(record) for record in self._read()]
 
     def _describe(self, record: StepRecord) -> ClipMetrics:

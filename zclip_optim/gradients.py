@@ -16,7 +16,7 @@ from torch.nn import Parameter
 ROW = 2**9
 SHORT = 2**10  # elements, up to which one norm in float32 will do (1e-6 if all are equal, 4e-6 contrived)
 # Calls are what small gradients cost, so a batch of them is copied into one tensor, unless they are few. Of large ones
-# no copy is made but of 16-bit ones, in float32, chunk by chunk, and of those with holes in memory.
+# no copy is made but of 16-bit ones, in float32, and of those with holes in memory, chunk by chunk.
 SMALL = 2**12
 FEW = 8
 BATCH = 2**18  # elements, at most
@@ -128,7 +128,9 @@ def _by_device_and_dtype(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
 def _real_values(gradient: Tensor) -> Tensor:
     if gradient.is_sparse:
         gradient = gradient.coalesce().values()
-    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+    if gradient.is_conj():
+        gradient = gradient.conj()  # of the same norm, without a copy
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
 
 
 def _sum_of_squares(gradients: list[Tensor]) -> float:
@@ -170,15 +172,15 @@ def _sum_over_large(g: Tensor) -> float:
 
 def _sum_over(gradient: Tensor, divisor: float = 1.0) -> float:
     """Sum of the squares of any kind of tensor, divided by `divisor`."""
-    flat = _flat(_real_values(gradient))
-    dtype = torch.promote_types(flat.dtype, torch.float32)
-    copied = flat.dtype != dtype or divisor != 1 or not flat.is_contiguous()
-    return sum(
-        [
-            _sum_over_rows(_divided(chunk.to(dtype), divisor) if copied else chunk)
-            for chunk in torch.split(flat, COPIED_CHUNK if copied else CHUNK)
-        ]
-    )
+    values = _real_values(gradient).squeeze()
+    values = values.permute(sorted(range(values.dim()), key=values.stride, reverse=True))  # the order of memory
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    if values.is_contiguous():
+        copied = values.dtype != dtype or divisor != 1
+        chunks = torch.split(values.view(-1), COPIED_CHUNK if copied else CHUNK)
+    else:
+        chunks = torch.split(values, max(1, COPIED_CHUNK // values[0].numel()))
+    return sum([_sum_over_rows(_divided(chunk.to(dtype), divisor)) for chunk in chunks])
 
 
 def _divided(chunk: Tensor, divisor: float) -> Tensor:
@@ -195,11 +197,6 @@ def _sum_over_rows(values: Tensor) -> float:
         total, values = end.dot(end).item(), values[:-ragged]
     rows = torch.linalg.vector_norm(values.view(-1, ROW), 2, 1).double()
     return float(total + rows.dot(rows).item())
-
-
-def _flat(value: Tensor) -> Tensor:
-    """All elements in one dimension, in memory order: a view unless the tensor has holes or repeats."""
-    return value.permute(sorted(range(value.dim()), key=value.stride, reverse=True)).reshape(-1)
 
 
 def _rescaled_norm(gradients: Iterable[Tensor]) -> float:

@@ -145,7 +145,7 @@ class ZClipOptimizer(Optimizer):
 
     @property
     def group_metrics(self) -> list[ClipMetrics]:
-        """`ClipMetrics` of the last step, one per param group; a single one unless ``scope="group"``."""
+        """`ClipMetrics` of the last step, one per param group that it had; a single one unless ``scope="group"``."""
         return self.clipper.group_metrics
 
     @property
