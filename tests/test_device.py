@@ -425,6 +425,18 @@ def test_later_evaluations_that_are_not_finite_count_too(stays, monkeypatch):
 
 
 @pytest.mark.parametrize("stays", [False, True], ids=["host", "device"])
+def test_evaluations_of_one_step_count_once(stays, monkeypatch):
+    monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: stays)
+    p = torch.nn.Parameter(torch.randn(5))
+    clipper = ZClip()
+    for norm, new_step in ((1.0, True), (math.nan, False), (math.nan, False), (math.inf, True), (math.nan, False)):
+        set_gradients([p], norm)
+        clipper.clip_([{"params": [p]}], new_step=new_step)
+    assert clipper.metrics.skipped_steps == 2
+    assert clipper.state_dict()["groups"][0]["zclip_nonfinite_streak"] == 2
+
+
+@pytest.mark.parametrize("stays", [False, True], ids=["host", "device"])
 def test_a_streak_survives_a_checkpoint_and_ends_with_a_finite_step(stays, monkeypatch):
     monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: stays)
 

@@ -252,3 +252,13 @@ def test_numbers_of_other_libraries_are_taken():
     config = ZClipConfig(alpha=numpy.float32(0.5), warmup_steps=numpy.int64(7))
     assert (config.alpha, config.warmup_steps) == (0.5, 7)
     assert type(config.warmup_steps) is int
+
+
+@pytest.mark.parametrize("number", [float, lambda x: torch.tensor(x, dtype=torch.float64)], ids=["floats", "tensors"])
+def test_no_spread_and_no_floor(number):
+    config = ZClipConfig(warmup_steps=1, eps=0.0)
+    stats = decide(number(2.0), NormStats(*map(number, (0.0,) * 5)), config).stats
+    assert not decide(number(2.0), stats, config).is_spike
+    higher = decide(number(2.1), stats, config)
+    assert higher.is_spike
+    assert float(higher.clipped_norm) == 2.0
