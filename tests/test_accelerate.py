@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
-from training import make_batch, make_model, parameters
+from training import make_batch, make_model, parameters, train_accumulating
 
 from zclip_optim import ZClipOptimizer
 
@@ -45,14 +45,9 @@ def run(accelerator, model, optimizer, scheduler, steps=range(STEPS)):
 
 def plain(accumulate=1):
     """The same run in plain torch."""
-    model, optimizer, scheduler = make()
-    for i, (x, y) in enumerate(batches()):
-        (nn.functional.mse_loss(model(x), y) / accumulate).backward()
-        if (i + 1) % accumulate == 0:
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-    return model, optimizer, scheduler
+    parts = make()
+    train_accumulating(*parts, batches(), accumulate)
+    return parts
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -156,26 +156,18 @@ def test_metrics_are_transferred_once_per_step_and_only_if_read(on_device, monke
     assert len(transfers) == 2
 
 
-def test_a_captured_step_is_read_anew_every_time(on_device, monkeypatch):
+@pytest.mark.parametrize("rollback", [False, True])
+def test_a_captured_step_is_read_anew_every_time(rollback, on_device, monkeypatch):
     monkeypatch.setattr(device_module, "_is_capturing", lambda values: True)
     p = torch.nn.Parameter(torch.randn(5))
     optimizer = ZClipOptimizer(FUSED["AdamW"]([p]))
     set_gradients([p], 1.0)
     optimizer.step()
     assert optimizer.metrics.step == 1
+    if rollback:
+        optimizer.load_state_dict(optimizer.state_dict())
     state = optimizer.clipper._device_state
     state.step(torch.ones(1, dtype=torch.float64), optimizer.clipper.config, True)  # a replay: none of our code runs
-    assert optimizer.metrics.step == 2
-
-
-def test_a_captured_step_is_read_anew_after_a_rollback(on_device, monkeypatch):
-    monkeypatch.setattr(device_module, "_is_capturing", lambda values: True)
-    p = torch.nn.Parameter(torch.randn(5))
-    optimizer = ZClipOptimizer(FUSED["AdamW"]([p]))
-    set_gradients([p], 1.0)
-    optimizer.step()
-    optimizer.load_state_dict(optimizer.state_dict())
-    optimizer.clipper._device_state.step(torch.ones(1, dtype=torch.float64), optimizer.clipper.config, True)
     assert optimizer.metrics.step == 2
 
 
@@ -568,7 +560,11 @@ def test_scaling_by_a_tensor(make, coef):
     scale_gradients_(gradients, torch.tensor(coef, dtype=torch.float64))
     for ours, original in zip(gradients, before, strict=True):
         factor = torch.tensor(coef, dtype=torch.float64).to(original.dtype)
-        torch.testing.assert_close(ours.to_dense(), original.to_dense() * factor, rtol=0 if coef == 1 else 1e-6, atol=0)
+        assert torch.equal(elements(ours), elements(original) * factor)
+
+
+def elements(gradient):
+    return gradient._values() if gradient.is_sparse else gradient
 
 
 class TestCompiling:

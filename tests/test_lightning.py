@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
-from training import make_batch, make_model, parameters
+from training import make_batch, make_model, parameters, train_accumulating
 
 from zclip_optim import ZClipOptimizer, ZClipWarning
 from zclip_optim.integrations.lightning import ZClipCallback
@@ -358,12 +358,7 @@ class TestFabric:
         reference = make_model()
         optimizer = ZClipOptimizer(adamw(reference.parameters()), **OPTIONS)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-        for i, (x, y) in enumerate(batches()):
-            (nn.functional.mse_loss(reference(x), y) / accumulate).backward()
-            if (i + 1) % accumulate == 0:
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
+        train_accumulating(reference, optimizer, scheduler, batches(), accumulate)
         assert torch.equal(parameters(whole[0]), parameters(reference))
         assert whole[1].metrics == optimizer.metrics
         assert optimizer.metrics.clipped_steps > 0

@@ -31,6 +31,16 @@ def train(model, optimizer, steps, outliers=()):
     return model
 
 
+def train_accumulating(model, optimizer, scheduler, batches, accumulate=1):
+    """A loop in plain torch with gradient accumulation and a scheduler."""
+    for i, (x, y) in enumerate(batches, 1):
+        (nn.functional.mse_loss(model(x), y) / accumulate).backward()
+        if i % accumulate == 0:
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+
 def parameters(model):
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
