@@ -17,7 +17,7 @@ COMMANDS = {
     "detector": "benchmarks.detector",
     "overhead": "benchmarks.overhead",
     "gpu": "benchmarks.gpu",
-    "train": "benchmarks.distributed",
+    "train": "benchmarks.train",
 }
 DEFAULT = "compare"
 BAD_USE, INTERRUPTED = 2, 130

@@ -1,4 +1,4 @@
-"""Real text as bytes, cut into windows in an order that the seed fixes, with a bad shard on a fixed schedule."""
+"""What a run trains on: real text as bytes, in an order that the seed fixes, with a bad shard on a fixed schedule."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import platform
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -20,6 +22,20 @@ HELD_OUT = 20  # every 20th block is validation
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
+class Batches(Protocol):
+    """Pairs of inputs and targets; batch `step` is a function of the seed and the step alone."""
+
+    source: str  # a line that says where the data come from
+    schedule: dict[int, str]  # the corrupted steps (from 0), and the kind of corruption
+    chance: float  # loss, in nats, of a model that knows only how often each target occurs
+
+    def train(self, step: int) -> tuple[Tensor, Tensor]:
+        """The training batch of `step`, corrupted if the schedule says so."""
+
+    def held_out(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """At most `count` batches of held-out data, never corrupted."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Bytes to train on and bytes held out, each a 1-d uint8 tensor, and a line that says where they come from."""
@@ -29,7 +45,8 @@ class Corpus:
     source: str
 
 
-def load_corpus(paths: Sequence[Path], context: int) -> Corpus:
+@cache
+def load_corpus(paths: tuple[Path, ...], context: int) -> Corpus:
     """Reads `paths`, or the standard library's source if there are none, and splits it.
 
     Args:
@@ -122,21 +139,27 @@ PERIOD = 40  # steps between two isolated bad batches
 BURST = 5  # bad batches in a row, once
 
 
-def bad_shard(steps: int, first: int) -> dict[int, str]:
+def bad_shard(steps: int, first: int, kinds: Sequence[str] = tuple(CORRUPTIONS)) -> dict[int, str]:
     """Which steps (from 0) get a corrupted batch, and of which kind.
 
-    From step `first` on one batch in PERIOD, the kinds in turn, and at 60% of the run BURST batches of one kind.
+    From step `first` on one batch in PERIOD, the kinds in turn, and at 60% of the run BURST batches of one kind; none
+    before `first`.
     """
-    kinds = list(CORRUPTIONS)
     isolated = range(first + PERIOD // 2, steps, PERIOD)
     schedule = {step: kinds[turn % len(kinds)] for turn, step in enumerate(isolated)}
-    burst = range(steps * 6 // 10, min(steps, steps * 6 // 10 + BURST))
+    start = max(first, steps * 6 // 10)
+    burst = range(start, min(steps, start + BURST))
     return schedule | dict.fromkeys(burst, kinds[len(isolated) % len(kinds)])
 
 
+def step_generator(seed: int, step: int) -> Generator:
+    """The random numbers of one step."""
+    return Generator().manual_seed(seed * 1_000_003 + step)
+
+
 @dataclass(frozen=True)
-class Batches:
-    """Windows (batch, context + 1) of token ids; batch `step` is a function of the seed and the step alone."""
+class TextBatches:
+    """Windows of text: tokens (batch, context) and, as targets, the tokens that follow them."""
 
     corpus: Corpus
     batch: int
@@ -144,16 +167,37 @@ class Batches:
     seed: int
     schedule: dict[int, str]
 
-    def train(self, step: int) -> Tensor:
+    @property
+    def source(self) -> str:
+        """The corpus's."""
+        return self.corpus.source
+
+    @property
+    def chance(self) -> float:
+        """The entropy of single bytes."""
+        return entropy(self.corpus.train)
+
+    def train(self, step: int) -> tuple[Tensor, Tensor]:
         """The training batch of `step`, corrupted if the schedule says so."""
-        generator = Generator().manual_seed(self.seed * 1_000_003 + step)
+        generator = step_generator(self.seed, step)
         windows = self.corpus.train.unfold(0, self.context + 1, 1)
         window = windows[torch.randint(len(windows), (self.batch,), generator=generator)].long()
         kind = self.schedule.get(step)
-        return CORRUPTIONS[kind](window, generator) if kind else window
+        return pair(CORRUPTIONS[kind](window, generator) if kind else window)
 
-    def held_out(self, count: int) -> Iterator[Tensor]:
+    def held_out(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """`count` batches of windows spaced evenly over the held-out text, never corrupted."""
         windows = self.corpus.held_out.unfold(0, self.context + 1, 1)
         starts = torch.linspace(0, len(windows) - 1, count * self.batch).long()
-        return (windows[part].long() for part in starts.split(self.batch))
+        return (pair(windows[part].long()) for part in starts.split(self.batch))
+
+
+def entropy(targets: Tensor) -> float:
+    """Of the frequencies of whole numbers >= 0, in nats."""
+    share = targets.unique(return_counts=True)[1].double() / len(targets)
+    return -(share * share.log()).sum().item()
+
+
+def pair(window: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows (batch, context + 1) as inputs and targets."""
+    return window[:, :-1], window[:, 1:]

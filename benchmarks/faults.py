@@ -19,16 +19,18 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import UserError
-from benchmarks.data import Corpus, load_corpus
+from benchmarks.data import Batches
 from benchmarks.injection import FAULTS, Fault, Level
-from benchmarks.methods import PEERS, Method
+from benchmarks.methods import METHODS, Method
 from benchmarks.options import add_training_options, prepare_folder
-from benchmarks.report import heading, markdown, progress_interval, write_json
-from benchmarks.train import Run, StepRecord, TrainConfig
+from benchmarks.progress import progress_interval
+from benchmarks.report import heading, markdown, write_json
+from benchmarks.run import Run, StepRecord, TrainConfig
 from zclip_optim import ZClipWarning
 
 BATCH = 4  # windows per step, a quarter of the comparison's
 THREADS = 1  # a model of this size gains little from a second one, and loses much when it has to share the cores
+PEERS = tuple(METHODS[name] for name in ("none", "fixed", "published", "autoclip", "zclip_optim", "paper"))
 MIN_STEPS = 2
 FAULT_SHARE = 0.4  # of the steps, before the fault
 LEVEL_STEPS = 50  # before the fault, whose norms give its level
@@ -88,26 +90,26 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(THREADS)
     warnings.simplefilter("ignore", ZClipWarning)  # about the faults
     config = TrainConfig(steps=args.steps, lr=args.lr, seed=args.seed, batch=BATCH, corrupt=False)
-    corpus = load_corpus(args.data, config.model.context)
+    batches = config.open(args.data)
     prepare_folder(args.out)
-    print(f"text: {corpus.source}")
+    print(f"text: {batches.source}")
     cells: list[Cell] = []
     levels: dict[str, Level] = {}
     for method in PEERS:
-        levels[method.name], column = train_method(method, config, corpus)
+        levels[method.name], column = train_method(method, config, batches)
         cells += column
     seconds = round(time.perf_counter() - start, 1)
-    write_json(args.out / "faults.json", summary(config, corpus, levels, cells) | {"seconds": seconds})
+    write_json(args.out / "faults.json", summary(config, batches, levels, cells) | {"seconds": seconds})
     print(f"\n{format_tables(cells, config)}\n\nwritten to {args.out}: faults.json, in {seconds} s")
 
 
 def summary(
-    config: TrainConfig, corpus: Corpus, levels: Mapping[str, Level], cells: Sequence[Cell]
+    config: TrainConfig, batches: Batches, levels: Mapping[str, Level], cells: Sequence[Cell]
 ) -> dict[str, object]:
     """What ran, on what, and what came out."""
     return heading("faults", [config.seed], "zclip", "autoclip") | {
-        "data": corpus.source,
-        "config": asdict(config) | {"model": asdict(config.model)},
+        "data": batches.source,
+        "config": asdict(config) | {"model": asdict(config.shape.model)},
         "fault_step": fault_step(config) + 1,
         "last_steps": last_steps(config),
         "notes": NOTES,
@@ -126,13 +128,13 @@ def last_steps(config: TrainConfig) -> int:
     return min(LAST, max(1, (config.steps - fault_step(config)) // 2))
 
 
-def train_method(method: Method, config: TrainConfig, corpus: Corpus) -> tuple[Level, list[Cell]]:
+def train_method(method: Method, config: TrainConfig, batches: Batches) -> tuple[Level, list[Cell]]:
     """One run up to the fault, and from there one per fault; the level of the norm, and a cell per fault."""
     first = fault_step(config)
     with tqdm(
         total=len(FAULTS) + 1, desc=f"{method.label:13}", unit="run", mininterval=progress_interval()
     ) as progress:
-        original = Run(method, config, corpus)
+        original = Run(method, config, batches)
         before = list(original.steps(stop=first))
         level = Level.of([record.grad_norm for record in before[-LEVEL_STEPS:]])
         base = original.fork()

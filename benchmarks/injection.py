@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from benchmarks.train import Injection
+from benchmarks.run import Injection
 
 Parameters = Sequence[nn.Parameter]
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,29 +30,49 @@ class Clipping:
     std: float = math.nan
 
 
-class Stepper(Protocol):
+class Stepper:
     """A method at work on one model; `optimizer` is what a learning-rate scheduler is given."""
 
-    optimizer: Optimizer
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
 
     def step(self) -> Clipping:
         """Clips the gradients and steps the optimizer."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides the optimizer's own state: numbers and lists of them."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` returned."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the comparison."""
+    """A row of a comparison; `options` are for ZClipOptimizer."""
 
     name: str
     label: str
-    start: Callable[[nn.Module, Optimizer], Stepper]
+    stepper: Callable[..., Stepper]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def start(self, model: nn.Module, optimizer: Optimizer) -> Stepper:
+        """The method at work on `model`."""
+        return self.stepper(model, optimizer, **self.options)
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is ZClipOptimizer, with whatever options."""
+        return self.stepper is ZClipped
+
+    def with_options(self, options: Mapping[str, Any]) -> Method:
+        """The same with more options of ZClipOptimizer."""
+        return replace(self, options={**self.options, **options})
 
 
-class Unclipped:
+class Unclipped(Stepper):
     """The bare optimizer; the norm is measured for the record only."""
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
 
     def step(self) -> Clipping:
         """Measures, and steps."""
@@ -62,13 +81,10 @@ class Unclipped:
         return Clipping(grad_norm, grad_norm)
 
 
-class FixedClipping:
+class FixedClipping(Stepper):
     """torch.nn.utils.clip_grad_norm_ at 1.0, the usual setting."""
 
     max_norm = 1.0
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
 
     def step(self) -> Clipping:
         """Clips at `max_norm`, and steps."""
@@ -77,11 +93,13 @@ class FixedClipping:
         return Clipping(grad_norm, min(grad_norm, self.max_norm), self.max_norm, grad_norm > self.max_norm)
 
 
-class ZClipped:
+class ZClipped(Stepper):
     """ZClipOptimizer with its defaults, but for `options`."""
 
+    optimizer: ZClipOptimizer
+
     def __init__(self, model: nn.Module, optimizer: Optimizer, **options: Any) -> None:
-        self.optimizer = ZClipOptimizer(optimizer, **options)
+        super().__init__(model, ZClipOptimizer(optimizer, **options))
 
     def step(self) -> Clipping:
         """Steps, and reads the metrics."""
@@ -90,13 +108,16 @@ class ZClipped:
         return Clipping(m.grad_norm, m.clipped_norm, m.threshold, m.clipped, m.skipped, m.z_score, m.mean, m.std)
 
 
-class PublishedZClip:
+class PublishedZClip(Stepper):
     """The package `zclip` with its defaults, but for the cap at norm 1.0, which would hide its own rule."""
+
+    kept = ("initialized", "buffer", "mean", "var")
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         from zclip import ZClip
 
-        self.model, self.optimizer, self.clipper = model, optimizer, ZClip(max_grad_norm=None)
+        super().__init__(model, optimizer)
+        self.clipper = ZClip(max_grad_norm=None)
 
     def step(self) -> Clipping:
         """Clips, and steps; what it did is measured."""
@@ -105,14 +126,22 @@ class PublishedZClip:
         self.optimizer.step()
         return clipping
 
+    def state(self) -> dict[str, Any]:
+        """The package's own attributes; it has no state dict."""
+        return {name: getattr(self.clipper, name) for name in self.kept}
 
-class AutoClip:
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` returned."""
+        vars(self.clipper).update(state)
+
+
+class AutoClip(Stepper):
     """The package `autoclip`: the 90th percentile of the last 1,000 global norms, its defaults."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         from autoclip.torch import QuantileClip
 
-        self.model, self.optimizer = model, optimizer
+        super().__init__(model, optimizer)
         self.clipper = QuantileClip(model.parameters(), global_threshold=True)
 
     def step(self) -> Clipping:
@@ -122,6 +151,37 @@ class AutoClip:
         clipping = measured(grad_norm, total_norm(self.model))
         self.optimizer.step()
         return clipping
+
+    def state(self) -> dict[str, Any]:
+        """The past norms."""
+        history = self.clipper.state["global_history"]
+        return {"history": history.tolist() if len(history) else []}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` returned."""
+        if state["history"]:
+            device = next(self.model.parameters()).device
+            self.clipper.state["global_history"] = torch.tensor(state["history"], device=device)
+
+
+class AdaGC(Stepper):
+    """The optimizer AdaGC of pytorch_optimizer in place of AdamW: it clips each tensor by an average of its own norms.
+
+    It takes AdamW's settings and keeps its defaults otherwise, 100 steps of warm-up with a global norm of at most 1.0
+    among them. What it does to the gradients stays inside it, so that there is nothing to record but the norm before.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        import pytorch_optimizer
+
+        shared = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        super().__init__(model, pytorch_optimizer.AdaGC(model.parameters(), **shared))
+
+    def step(self) -> Clipping:
+        """Measures, and steps."""
+        grad_norm = total_norm(self.model)
+        self.optimizer.step()
+        return Clipping(grad_norm, math.nan)
 
 
 def total_norm(model: nn.Module) -> float:
@@ -134,17 +194,17 @@ def measured(grad_norm: float, clipped_norm: float) -> Clipping:
     return Clipping(grad_norm, clipped_norm, clipped=clipped_norm < (1 - ROUNDING) * grad_norm)
 
 
-METHODS = (
-    Method("none", "no clipping", Unclipped),
-    Method("fixed", "fixed clipping at 1.0", FixedClipping),
-    Method("zclip", "ZClip", ZClipped),
-)
-
-PEERS = (
-    Method("none", "no clipping", Unclipped),
-    Method("fixed", "fixed 1.0", FixedClipping),
-    Method("published", "zclip 1.0.0", PublishedZClip),
-    Method("autoclip", "autoclip", AutoClip),
-    Method("zclip_optim", "zclip_optim", ZClipped),
-    Method("paper", "patience=None", partial(ZClipped, patience=None)),
-)
+METHODS = {
+    method.name: method
+    for method in (
+        Method("none", "no clipping", Unclipped),
+        Method("fixed", "fixed 1.0", FixedClipping),
+        Method("published", "zclip 1.0.0", PublishedZClip),
+        Method("autoclip", "autoclip", AutoClip),
+        Method("adagc", "AdaGC", AdaGC),
+        Method("zclip_optim", "zclip_optim", ZClipped),
+        Method("mean", "zclip_optim, mean", ZClipped, {"clip_option": "mean"}),
+        Method("max", "zclip_optim, max", ZClipped, {"clip_option": "max"}),
+        Method("paper", "patience=None", ZClipped, {"patience": None}),
+    )
+}

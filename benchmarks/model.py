@@ -30,11 +30,6 @@ class ModelConfig:
         return self.hidden // self.n_heads
 
 
-PRESETS = {
-    "nano": ModelConfig(hidden=128, ffn=384, n_layers=4, n_heads=4, n_kv_heads=4, vocab=256, context=64),
-}
-
-
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles, each (context, head_dim).
 
@@ -132,13 +127,3 @@ class LanguageModel(nn.Module):
         for block in self.blocks:
             x = block(x, cos, sin)
         return self.head(self.norm(x))
-
-    def loss(self, window: Tensor) -> Tensor:
-        """`next_token_loss` of this model."""
-        return next_token_loss(self, window)
-
-
-def next_token_loss(model: nn.Module, window: Tensor) -> Tensor:
-    """Mean next-token cross-entropy, in nats, of windows (batch, positions + 1); `model` may be wrapped."""
-    logits = model(window[:, :-1])
-    return functional.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())

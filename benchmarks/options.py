@@ -39,6 +39,11 @@ def add_training_options(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument("--lr", type=positive_float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=seed, default=0, help="fixes the weights and the order of the data")
     add_out_option(parser)
+    add_data_option(parser)
+
+
+def add_data_option(parser: argparse.ArgumentParser) -> None:
+    """The text to train on."""
     parser.add_argument(
         "--data",
         type=Path,

@@ -21,7 +21,8 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from benchmarks.options import add_out_option, positive_float, positive_int, prepare_folder
-from benchmarks.report import heading, markdown, progress_interval, write_json
+from benchmarks.progress import progress_interval
+from benchmarks.report import heading, markdown, write_json
 from zclip_optim import ZClipOptimizer
 
 BARE, READ, OURS, AUTOCLIP = "bare", "read once", "zclip_optim", "autoclip"

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.overhead import Row
-from benchmarks.train import StepRecord, TrainConfig
+from benchmarks.run import StepRecord, TrainConfig
 
 SMOOTH = 15  # clean steps in the running mean of the loss
 COLORS = ("#7f7f7f", "#e07b00", "#1769c2", "#2a9d4a", "#c0392b", "#7d4fb3")
@@ -32,7 +32,7 @@ def compare_figure(runs: Mapping[str, Sequence[StepRecord]], config: TrainConfig
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 6.4), layout="constrained")
         grid = figure.add_gridspec(2, len(runs))
-        loss_panel(figure.add_subplot(grid[0, :]), runs, config)
+        loss_panel(figure.add_subplot(grid[0, :]), runs, f", peak learning rate {config.lr:g}, seed {config.seed}")
         first = None
         for column, (color, (label, records)) in enumerate(zip(cycle(COLORS), runs.items(), strict=False)):
             axes = figure.add_subplot(grid[1, column], sharey=first)
@@ -68,20 +68,19 @@ def growth_panel(axes: Axes, rows: Sequence[Row], sizes: Sequence[int], label: s
     axes.legend(frameon=False, fontsize=8)
 
 
-def loss_panel(axes: Axes, runs: Mapping[str, Sequence[StepRecord]], config: TrainConfig) -> None:
+def loss_panel(axes: Axes, runs: Mapping[str, Sequence[StepRecord]], subtitle: str = "") -> None:
     """Every run's loss on clean batches: each step thin, the running mean bold."""
     for color, (label, records) in zip(cycle(COLORS), runs.items(), strict=False):
         clean = [r for r in records if r.corrupted is None]
         steps, losses = [r.step for r in clean], [r.loss for r in clean]
         axes.plot(steps, losses, color=color, linewidth=0.6, alpha=0.45)
-        axes.plot(steps, running_mean(losses), color=color, linewidth=1.8, label=label)
-    mark_corrupted(axes, [step + 1 for step in config.schedule])
+        axes.plot(steps, running_mean(losses, SMOOTH), color=color, linewidth=1.8, label=label)
+    mark_corrupted(axes, corrupted_steps(runs))
     axes.set(
-        title=f"Training loss on clean batches (thin: every step; bold: mean of {SMOOTH}), "
-        f"peak learning rate {config.lr:g}, seed {config.seed}",
+        title=f"Training loss on clean batches (thin: every step; bold: mean of {SMOOTH}){subtitle}",
         xlabel="step",
-        ylabel="loss (nats per byte)",
-        xlim=(0, config.steps + 1),
+        ylabel="loss (nats per token)",
+        xlim=(0, max(len(records) for records in runs.values()) + 1),
     )
     axes.legend(frameon=False, ncols=len(runs) + 1)
 
@@ -106,11 +105,16 @@ def mark_corrupted(axes: Axes, steps: Sequence[int], label: str | None = "corrup
         axes.axvspan(step - 0.5, step + 0.5, color=BAD, linewidth=1, zorder=0, label=None if index else label)
 
 
+def corrupted_steps(runs: Mapping[str, Sequence[StepRecord]]) -> list[int]:
+    """The steps at which any run's batch was corrupted."""
+    return sorted({r.step for records in runs.values() for r in records if r.corrupted})
+
+
 def plottable(values: Iterable[float]) -> list[float]:
     """The values with a gap (NaN) where there is nothing to draw on a log axis."""
     return [value if math.isfinite(value) and value > 0 else math.nan for value in values]
 
 
-def running_mean(values: Sequence[float]) -> list[float]:
-    """Mean of the last SMOOTH values up to each one."""
-    return [statistics.fmean(values[max(0, i + 1 - SMOOTH) : i + 1]) for i in range(len(values))]
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Mean of the last `width` values up to each one."""
+    return [statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]

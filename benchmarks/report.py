@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from benchmarks.train import StepRecord, TrainConfig
+from benchmarks.run import StepRecord, TrainConfig
 
 FINAL = 50  # clean steps that the final loss is the mean of
 WINDOW = 50  # clean steps before, that a loss is compared with
@@ -58,7 +58,7 @@ def summarize(method: str, label: str, records: Sequence[StepRecord], held_out_l
     return Summary(
         method=method,
         label=label,
-        final_loss=statistics.fmean(r.loss for r in clean[-FINAL:]),
+        final_loss=final_loss(records),
         held_out_loss=held_out_loss,
         worst_loss=worst([r.loss for r in clean if r.step > warmup]),
         loss_spikes=events(spiked),
@@ -68,8 +68,23 @@ def summarize(method: str, label: str, records: Sequence[StepRecord], held_out_l
         corrupted_steps=len(records) - len(clean),
         skipped_steps=sum(r.skipped for r in records),
         steps=len(records),
-        ms_per_step=statistics.median(r.ms for r in records),
+        ms_per_step=statistics.median(r.ms for r in records) if records else math.nan,
     )
+
+
+def final_loss(records: Sequence[StepRecord]) -> float:
+    """The mean of the last FINAL clean losses; NaN if there are none."""
+    losses = [r.loss for r in records if r.corrupted is None][-FINAL:]
+    return statistics.fmean(losses) if losses else math.nan
+
+
+def steps_to_loss(records: Sequence[StepRecord], target: float) -> float:
+    """The first step at which the mean of the last FINAL clean losses is at most `target`; NaN if none is."""
+    clean = [r for r in records if r.corrupted is None]
+    for end in range(FINAL, len(clean) + 1):
+        if statistics.fmean(r.loss for r in clean[end - FINAL : end]) <= target:
+            return clean[end - 1].step
+    return math.nan
 
 
 def worst(losses: Sequence[float]) -> float:
@@ -131,11 +146,6 @@ def notes(config: TrainConfig) -> str:
             f"corrupted: {len(config.schedule)} of {config.steps} batches, the same ones for every method",
         )
     )
-
-
-def progress_interval() -> float:
-    """Seconds between two looks of a progress bar; a log file needs fewer lines than a terminal."""
-    return 0.5 if sys.stderr.isatty() else 10.0
 
 
 def heading(name: str, seeds: Iterable[int], *packages: str) -> dict[str, object]:

@@ -1,152 +1,186 @@
-"""One training run with one clipping method: the paper's AdamW settings and learning-rate schedule."""
+"""Trains one model with one clipping method, in one process or in several that torchrun starts.
+
+    python -m benchmarks train --preset small --method zclip_optim --data my_texts/
+    torchrun --nproc-per-node 2 -m benchmarks train --strategy fsdp2
+
+Writes to --out every step (train.jsonl), the result (train.json), a torch.distributed.checkpoint every --save-every
+steps and at the end (step-N), and with --tensorboard an event file. --resume goes on from a checkpoint, with any
+strategy and number of processes. Every step's batch is divided among the processes.
+"""
 
 from __future__ import annotations
 
-import copy
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import argparse
+import ast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.data import Batches, Corpus, bad_shard
-from benchmarks.methods import Method
-from benchmarks.model import PRESETS, LanguageModel, ModelConfig
+from benchmarks import UserError, checkpoint
+from benchmarks.architectures import ARCHITECTURES
+from benchmarks.distributed import STRATEGIES, processes, rank_and_count, say
+from benchmarks.methods import METHODS, Method
+from benchmarks.options import add_data_option, add_out_option, positive_float, positive_int, prepare_folder, seed
+from benchmarks.presets import PRESETS
+from benchmarks.progress import StepProgress
+from benchmarks.records import line, read_records
+from benchmarks.report import format_table, heading, summarize, write_json
+from benchmarks.run import Run, StepRecord, TrainConfig
+from zclip_optim import NonFiniteGradientError, ZClip
 
-DIVERGED_AFTER = 10  # non-finite losses in a row that end a run
-
-# Called between backward and the method's step with the step (from 0) and the parameters, to change their gradients.
-Injection = Callable[[int, Sequence[nn.Parameter]], None]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that two compared runs share."""
-
-    steps: int
-    lr: float  # peak
-    seed: int
-    preset: str = "nano"
-    batch: int = 16  # windows per step
-    warmup_share: float = 0.1  # of the steps
-    final_lr_share: float = 0.1  # of the peak
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-7
-    weight_decay: float = 0.01
-    held_out_batches: int = 64
-    corrupt: bool = True  # whether some batches are
-
-    @property
-    def model(self) -> ModelConfig:
-        """The preset's shape."""
-        return PRESETS[self.preset]
-
-    @property
-    def warmup_steps(self) -> int:
-        """Steps of linear warm-up, at least one."""
-        return max(1, round(self.warmup_share * self.steps))
-
-    @property
-    def schedule(self) -> dict[int, str]:
-        """The corrupted steps, none of them in the warm-up."""
-        return bad_shard(self.steps, first=self.warmup_steps) if self.corrupt else {}
-
-    def optimizer(self, model: nn.Module) -> AdamW:
-        """The paper's AdamW."""
-        return AdamW(model.parameters(), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
-
-    def lr_factor(self, step: int) -> float:
-        """Share of the peak rate at `step` (from 0): linear up, then a cosine down to `final_lr_share`."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.final_lr_share + (1 - self.final_lr_share) * (1 + math.cos(math.pi * progress)) / 2
+LOGGED = ("loss", "lr", "grad_norm", "clipped_norm", "threshold", "clipped", "z_score", "mean", "std", "ms")
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """One line of a run's JSON lines: norms in gradient-norm units, loss in nats per byte, time in milliseconds."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a training."""
+    parser.add_argument("--preset", choices=PRESETS, default=default_preset(), help="size of the model")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="llama", help="kind of model, and its data")
+    parser.add_argument("--method", choices=METHODS, default="zclip_optim", help="how gradients are clipped")
+    parser.add_argument(
+        "--option", type=option, action="append", default=[], metavar="NAME=VALUE", help="of ZClipOptimizer; repeatable"
+    )
+    parser.add_argument("--steps", type=positive_int, help="instead of the preset's")
+    parser.add_argument("--lr", type=positive_float, help="peak learning rate, instead of the preset's")
+    parser.add_argument(
+        "--batch", type=positive_int, help="examples per step, of all processes; instead of the preset's"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="fixes the weights and the order of the data")
+    parser.add_argument("--bad-shard", action="store_true", help="corrupt some of the batches")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="none", help="how the model is spread")
+    parser.add_argument("--save-every", type=positive_int, default=1000, metavar="STEPS", help="between checkpoints")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="checkpoint to go on from")
+    parser.add_argument("--tensorboard", action="store_true", help="write an event file too")
+    add_data_option(parser)
+    add_out_option(parser)
 
-    method: str
-    step: int  # from 1
-    loss: float
-    lr: float
-    corrupted: str | None  # the kind of corruption
-    grad_norm: float
-    clipped_norm: float
-    threshold: float
-    clipped: bool
-    skipped: bool
-    z_score: float
-    mean: float
-    std: float
-    ms: float
+
+def default_preset() -> str:
+    """What this machine can train in minutes."""
+    return "small" if torch.cuda.is_available() else "nano"
 
 
-class Run:
-    """A model, its optimizer and a clipping method, started from the config's seed."""
+def option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as Python writes it; a bare word is a string."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
-    def __init__(self, method: Method, config: TrainConfig, corpus: Corpus) -> None:
-        torch.manual_seed(config.seed)
-        self.method, self.config = method, config
-        self.batches = Batches(corpus, config.batch, config.model.context, config.seed, config.schedule)
-        self.model = LanguageModel(config.model)
-        self.stepper = method.start(self.model, config.optimizer(self.model))
-        self.scheduler = LambdaLR(self.stepper.optimizer, config.lr_factor)
-        self.taken = 0  # steps
 
-    def steps(self, stop: int | None = None, injection: Injection | None = None) -> Iterator[StepRecord]:
-        """Trains on, one record per step; ends early when the loss stays non-finite.
+def run(args: argparse.Namespace) -> None:
+    """Checks what was given, trains, and writes and prints the result."""
+    config, method = config_of(args), method_of(args)
+    batches = config.open(args.data)
+    prepare_folder(args.out)
+    with processes(args.strategy, config.batch) as device:
+        say(f"data: {batches.source}")
+        training = Run(method, config, batches, device, STRATEGIES[args.strategy])
+        if args.resume is not None:
+            checkpoint.load(training, args.resume)
+        records = read_before(args.out / "train.jsonl", training.taken) if rank_and_count()[0] == 0 else []
+        train(training, records, args)
+        finish(training, records, args.out)
+        del training  # DDP's model must not outlive the process group
 
-        Args:
-            stop: steps taken in all when it ends; None for all of the config's.
-            injection: changes the gradients before the method sees them.
-        """
-        broken = 0
-        for step in range(self.taken, self.config.steps if stop is None else stop):
-            record = self._step(step, injection)
-            self.taken = step + 1
-            yield record
-            broken = 0 if math.isfinite(record.loss) else broken + 1
-            if broken == DIVERGED_AFTER:
-                return
 
-    def fork(self) -> Run:
-        """A copy that goes its own way from here: model, optimizer, method and scheduler, but not the data."""
-        shared = (self.method, self.config, self.batches)
-        return copy.deepcopy(self, {id(one): one for one in shared})
+def config_of(args: argparse.Namespace) -> TrainConfig:
+    """The options, with the preset's values for those not given."""
+    preset = PRESETS[args.preset]
+    return TrainConfig(
+        steps=args.steps or preset.steps,
+        lr=args.lr or preset.lr,
+        seed=args.seed,
+        preset=args.preset,
+        architecture=args.architecture,
+        batch=args.batch or preset.batch,
+        warmup_share=preset.warmup_share,
+        corrupt=args.bad_shard,
+    )
 
-    def _step(self, step: int, injection: Injection | None) -> StepRecord:
-        window = self.batches.train(step)
-        lr = self.scheduler.get_last_lr()[0]
-        start = time.perf_counter()
-        loss = self.model.loss(window)
-        self.stepper.optimizer.zero_grad()
-        loss.backward()
-        if injection is not None:
-            injection(step, list(self.model.parameters()))
-        clipping = self.stepper.step()
-        ms = 1e3 * (time.perf_counter() - start)
-        self.scheduler.step()
-        return StepRecord(
-            method=self.method.name,
-            step=step + 1,
-            loss=loss.item(),
-            lr=lr,
-            corrupted=self.batches.schedule.get(step),
-            **vars(clipping),
-            ms=ms,
-        )
 
-    @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """Mean loss, in nats per byte, on the held-out text."""
-        losses = [
-            self.model.loss(window).item()
-            for window in self.batches.held_out(min(self.config.held_out_batches, self.config.steps))
-        ]
-        return math.fsum(losses) / len(losses)
+def method_of(args: argparse.Namespace) -> Method:
+    """The method with its options, checked."""
+    method = METHODS[args.method]
+    if not method.ours and args.option:
+        raise UserError(f"--option is for ZClipOptimizer, --method {args.method} takes none")
+    if not method.ours and args.strategy != "none":
+        raise UserError(f"--method {args.method} is for one process; --strategy {args.strategy} takes zclip_optim's")
+    try:
+        ZClip(**dict(args.option))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--option: {error}") from error
+    return method.with_options(dict(args.option))
+
+
+def read_before(path: Path, taken: int) -> list[StepRecord]:
+    """The steps up to `taken` that an earlier part of this run has left; later ones are about to be taken again."""
+    if not taken or not path.exists():
+        return []
+    return [record for record in read_records(path) if record.step <= taken]
+
+
+def train(training: Run, records: list[StepRecord], args: argparse.Namespace) -> None:
+    """Takes the steps that are left: a progress bar, a line of JSON per step, checkpoints."""
+    steps, first = training.config.steps, rank_and_count()[0] == 0
+    progress = StepProgress(training.method.label, steps, training.taken, quiet=not first)
+    with log(args.out, records, args.tensorboard) if first else nullcontext(records.append) as write, progress:
+        try:
+            for record in training.steps():
+                write(record)
+                progress.show(record)
+                if training.taken % args.save_every == 0 or training.taken == steps:
+                    checkpoint.save(training, args.out / f"step-{training.taken}")
+        except NonFiniteGradientError as error:
+            say(f"ended after step {training.taken}: {error}")
+
+
+@contextmanager
+def log(out: Path, records: list[StepRecord], tensorboard: bool) -> Iterator[Callable[[StepRecord], None]]:
+    """A function that adds a record to `records`, to the JSON lines, which begin with them, and to TensorBoard."""
+    with (out / "train.jsonl").open("w") as lines, summary_writer(out, tensorboard) as writer:
+        lines.writelines(map(line, records))
+
+        def write(record: StepRecord) -> None:
+            records.append(record)
+            lines.write(line(record))
+            lines.flush()
+            if writer is not None:
+                for name in LOGGED:
+                    writer.add_scalar(name, getattr(record, name), record.step)
+
+        yield write
+
+
+@contextmanager
+def summary_writer(out: Path, wanted: bool) -> Iterator[Any]:
+    """TensorBoard's writer, or None."""
+    if not wanted:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(out) as writer:
+        yield writer
+
+
+def finish(training: Run, records: list[StepRecord], out: Path) -> None:
+    """The validation loss and the other figures of the run."""
+    method, config = training.method, training.config
+    held_out_loss = training.held_out_loss()
+    if rank_and_count()[0] != 0:
+        return
+    row = summarize(method.name, method.label, records, held_out_loss, config.warmup_steps)
+    result = heading("train", [config.seed]) | {
+        "data": training.batches.source,
+        "config": asdict(config) | {"model": asdict(config.shape.model), "options": dict(method.options)},
+        "rows": [asdict(row)],
+    }
+    write_json(out / "train.json", result)
+    print(f"\n{format_table([row])}\n\nwritten to {out}: train.jsonl, train.json, checkpoints")

@@ -21,11 +21,11 @@ def benchmarks(*args):
 def test_a_short_run_writes_table_figure_and_every_step(tmp_path):
     result = benchmarks("--steps", 12, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "| ZClip " in result.stdout
+    assert "| zclip_optim " in result.stdout
     assert "loss spike: " in result.stdout
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((tmp_path / "compare.json").read_text())
-    assert [row["method"] for row in summary["rows"]] == ["none", "fixed", "zclip"]
+    assert [row["method"] for row in summary["rows"]] == ["none", "fixed", "zclip_optim"]
     for row in summary["rows"]:
         records = [json.loads(line) for line in (tmp_path / f"{row['method']}.jsonl").read_text().splitlines()]
         assert [record["step"] for record in records] == list(range(1, 13))
@@ -37,7 +37,7 @@ def test_a_seed_fixes_every_step(tmp_path):
     losses = []
     for folder in ("one", "two"):
         assert benchmarks("--steps", 4, "--seed", 5, "--out", tmp_path / folder).returncode == 0
-        lines = (tmp_path / folder / "zclip.jsonl").read_text().splitlines()
+        lines = (tmp_path / folder / "zclip_optim.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == losses[1]
 
