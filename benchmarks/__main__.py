@@ -18,6 +18,7 @@ COMMANDS = {
     "overhead": "benchmarks.overhead",
     "gpu": "benchmarks.gpu",
     "train": "benchmarks.train",
+    "sweep": "benchmarks.sweep",
 }
 DEFAULT = "compare"
 BAD_USE, INTERRUPTED = 2, 130

@@ -1,0 +1,146 @@
+"""Runs every cell of one of the tables, several at a time, and writes and prints the table.
+
+A cell is one training: a row of the table, a condition (clean data, or with a bad shard) and a seed. Cells that have
+ended are kept in OUT/cells and not run again, so that a sweep goes on where it was stopped; tables share the cells that
+they have in common. Writes OUT/TABLE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import UserError
+from benchmarks.cells import Cell, load_outcome, run_cell, steps_to_fixed
+from benchmarks.methods import METHODS
+from benchmarks.options import add_data_option, add_out_option, positive_int, prepare_folder
+from benchmarks.presets import PRESETS
+from benchmarks.progress import progress_interval
+from benchmarks.report import SPIKE_DEFINITION, heading, strict_json, write_json
+from benchmarks.tables import REACHED, TABLES, Size, Table, format_rows, summarize_rows
+
+NOTES = (
+    "each figure: mean over the seeds in which it is finite ± standard deviation; losses in nats per byte (per image "
+    "for ViT), of clean batches only; worst loss: after the learning rate's warm-up; clipped: share of the steps, '-' "
+    "for a method that does not tell",
+    "diverged: ended early by losses or gradients that stayed non-finite, or with a validation loss not below that of "
+    "a model that knows only how often each byte (each digit) occurs",
+    "a rate of 1 x is the preset's learning rate: "
+    + ", ".join(f"{key} {value.lr:g}" for key, value in PRESETS.items()),
+    SPIKE_DEFINITION,
+)
+THREADS = 1  # per process; a model of this size gains little from a second one
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a sweep."""
+    parser.add_argument("table", choices=TABLES, help="which table")
+    parser.add_argument("--preset", choices=PRESETS, default="nano", help="size of the language models")
+    parser.add_argument("--seeds", type=positive_int, help="of each cell; without it 3, for rl 5")
+    parser.add_argument("--steps", type=positive_int, help="of each run (episodes for rl), instead of the table's")
+    parser.add_argument("--batch", type=positive_int, help="examples per step, instead of the table's")
+    parser.add_argument("--workers", type=positive_int, default=default_workers(), help="processes that run cells")
+    parser.add_argument("--cell", metavar="NAME", help="run this one cell only, again, and print its figures")
+    add_data_option(parser)
+    add_out_option(parser)
+
+
+def default_workers() -> int:
+    """One for each core; one alone where there is a GPU to share."""
+    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs what has not ended yet, and writes and prints the table."""
+    table, size = TABLES[args.table], Size(args.preset, args.steps, args.batch)
+    torch.set_num_threads(THREADS)
+    folder = args.out / "cells"
+    prepare_folder(folder)
+    cells = list(dict.fromkeys(cell for _, _, cell in table.cells(size, args.seeds)))
+    if args.cell is not None:
+        rerun(args.cell, cells, args)
+        return
+    start = time.perf_counter()
+    run_cells(table.name, cells, args)
+    rows = summarize_rows(table, size, args.seeds, lambda cell: outcome_with_columns(table, cell, folder))
+    seconds = sum(load_finished(cell, folder)["seconds"] for cell in cells)
+    seeds = sorted({cell.seed for cell in cells})
+    result = heading(f"sweep {table.name}", seeds, "zclip", "autoclip", "pytorch_optimizer") | {
+        "title": table.title,
+        "size": asdict(size),
+        "workers": args.workers,
+        "notes": NOTES,
+        "cell_seconds": round(seconds, 1),
+        "rows": rows,
+    }
+    write_json(args.out / f"{table.name}.json", result)
+    print(f"\n{table.title}\n\n{format_rows(table, rows)}\n\n" + "\n".join(NOTES))
+    took = time.perf_counter() - start
+    print(
+        f"written to {args.out}: {table.name}.json; {len(cells)} cells took {seconds:.0f} s, {took:.0f} s of them now"
+    )
+
+
+def rerun(name: str, cells: Sequence[Cell], args: argparse.Namespace) -> None:
+    """Runs one cell whether or not it has ended before, in a folder of its own, and prints its figures."""
+    found = [cell for cell in cells if cell.name == name]
+    if not found:
+        raise UserError(f"--cell {name}: the table {args.table} has no such cell; the first one is {cells[0].name}")
+    folder = args.out / "rerun"
+    prepare_folder(folder)
+    print(strict_json(run_cell(found[0], folder, args.data)))
+
+
+def run_cells(name: str, cells: Sequence[Cell], args: argparse.Namespace) -> None:
+    """Runs the cells without an outcome, in processes of their own, under one progress bar."""
+    folder: Path = args.out / "cells"
+    left = [cell for cell in cells if load_outcome(cell, folder) is None]
+    context = multiprocessing.get_context("spawn")
+    with (
+        tqdm(
+            total=len(cells), initial=len(cells) - len(left), desc=name, unit="cell", mininterval=progress_interval()
+        ) as progress,
+        ProcessPoolExecutor(args.workers, context, initializer=prepare_worker) as pool,
+    ):
+        try:
+            futures = [pool.submit(run_cell, cell, folder, args.data) for cell in left]
+            for future in as_completed(futures):
+                cell = future.result()["cell"]
+                progress.set_postfix_str(f"{METHODS[cell['method']].label}, lr {cell['lr']:g}", refresh=False)
+                progress.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def prepare_worker() -> None:
+    """One thread; an interrupt is the parent's business."""
+    torch.set_num_threads(THREADS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def load_finished(cell: Cell, folder: Path) -> dict[str, Any]:
+    """The outcome of a cell that has ended."""
+    outcome = load_outcome(cell, folder)
+    if outcome is None:
+        raise AssertionError(f"{cell.name} has not ended")
+    return outcome
+
+
+def outcome_with_columns(table: Table, cell: Cell, folder: Path) -> dict[str, Any]:
+    """A cell's outcome, with what takes a second run to know."""
+    outcome = load_finished(cell, folder)
+    if REACHED in table.columns:
+        outcome[REACHED.key] = steps_to_fixed(cell, folder)
+    return outcome

@@ -1,0 +1,233 @@
+"""The tables of arXiv:2504.02507 and four more: which runs each row stands for, and what its columns show."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.cells import BAD_SHARD, CARTPOLE, CLEAN, Cell
+from benchmarks.methods import METHODS
+from benchmarks.presets import PRESETS
+from benchmarks.report import markdown
+
+STEPS, BATCH = 500, 8  # of a run on text
+EPISODES, CARTPOLE_LR = 1_000, 1e-2
+RATES = (1 / 8, 1 / 2, 1, 4, 16, 64, 512)  # in units of the preset's learning rate
+ABLATION_RATE = 1  # in the same units
+EXTREME_RATES = RATES[-3:]
+
+Outcome = Mapping[str, Any]  # of one cell
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the command line can change about all runs of a table; None for the table's own."""
+
+    preset: str = "nano"
+    steps: int | None = None
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: everything of a cell but seed and condition; `rate` in units of the preset's learning rate."""
+
+    label: str
+    method: str
+    rate: float = ABLATION_RATE
+    options: tuple[tuple[str, float], ...] = ()
+    architecture: str = "llama"
+    batch: int = BATCH
+
+    def cell(self, size: Size, condition: str, seed: int) -> Cell:
+        """One of its runs."""
+        if self.architecture == CARTPOLE:
+            steps = size.steps or EPISODES
+            return Cell(CARTPOLE, self.method, CARTPOLE_LR, seed, condition, steps, 1, self.options, size.preset)
+        return Cell(
+            architecture=self.architecture,
+            method=self.method,
+            lr=float(f"{self.rate * PRESETS[size.preset].lr:.6g}"),
+            seed=seed,
+            condition=condition,
+            steps=size.steps or STEPS,
+            batch=size.batch or self.batch,
+            options=self.options,
+            preset=size.preset,
+        )
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of each run, shown as its mean over the seeds in which it is finite, and their standard deviation."""
+
+    title: str
+    key: str  # in a cell's outcome
+    form: str = "{:.3f}"
+
+    def show(self, values: Sequence[float]) -> str:
+        """Mean and standard deviation; "-" if there is nothing to show."""
+        mean, std = over_finite(statistics.fmean, values), over_finite(spread, values)
+        return "-" if math.isnan(mean) else f"{self.form.format(mean)} ± {self.form.format(std)}"
+
+
+@dataclass(frozen=True)
+class Count:
+    """In how many of the seeds something happened."""
+
+    title: str
+    key: str
+
+    def show(self, values: Sequence[float]) -> str:
+        """As "1 of 3"."""
+        return f"{sum(map(bool, values))} of {len(values)}"
+
+
+LOSS = Column("validation loss", "held_out_loss")
+WORST = Column("worst loss", "worst_loss", "{:.2f}")
+SPIKES = Column("spikes", "loss_spikes", "{:.1f}")
+CLIPPED = Column("clipped", "clipped_share", "{:.1%}")
+REACHED = Column("steps to fixed's final loss", "steps_to_fixed", "{:.0f}")
+DIVERGED = Count("diverged", "diverged")
+LANGUAGE = (LOSS, WORST, SPIKES, CLIPPED, DIVERGED)
+WITH_FIXED = (*LANGUAGE, REACHED)  # only for tables in which fixed clipping has a row
+CONDITIONS = (CLEAN, BAD_SHARD)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; its rows are run under every condition with seeds 0, 1, ..."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    columns: tuple[Column | Count, ...] = LANGUAGE
+    conditions: tuple[str, ...] = CONDITIONS
+    seeds: int = 3
+
+    def cells(self, size: Size, seeds: int | None = None) -> Iterator[tuple[Row, str, Cell]]:
+        """Every row, condition and run."""
+        for row in self.rows:
+            for condition in self.conditions:
+                for seed in range(seeds or self.seeds):
+                    yield row, condition, row.cell(size, condition, seed)
+
+
+def by_rate(methods: Sequence[str], rates: Sequence[float]) -> tuple[Row, ...]:
+    """Every method at every rate; the label names the rate of the preset nano."""
+    return tuple(Row(f"{rate:g} x, {METHODS[method].label}", method, rate=rate) for rate in rates for method in methods)
+
+
+def by_option(option: str, values: Sequence[float]) -> tuple[Row, ...]:
+    """zclip_optim with each value of an option; its default is the run without it, which other tables share."""
+    default = {"z_thresh": 2.5, "alpha": 0.97}[option]
+    return tuple(
+        Row(f"{option}={value:g}", "zclip_optim", options=() if value == default else ((option, value),))
+        for value in values
+    )
+
+
+COMPARED = ("none", "fixed", "zclip_optim")
+ALL = ("none", "fixed", "autoclip", "adagc", "published", "paper", "zclip_optim")
+
+TABLES = {
+    table.name: table
+    for table in (
+        Table("lr", "Learning rates (paper: Table 2)", by_rate(("fixed", "zclip_optim"), RATES), WITH_FIXED),
+        Table("methods", "Methods (paper: Table 3)", tuple(Row(METHODS[name].label, name) for name in ALL), WITH_FIXED),
+        Table(
+            "options",
+            "What a spike is clipped to (paper: Table 5)",
+            (Row("max", "max"), Row("mean", "mean"), Row("reciprocal", "zclip_optim")),
+        ),
+        Table("z_thresh", "Threshold (paper: Table 6)", by_option("z_thresh", (1.5, 2.0, 2.5, 3.0, 3.5, 4.0))),
+        Table(
+            "alpha", "Decay of the statistics (paper: Table 7)", by_option("alpha", (0.9, 0.93, 0.95, 0.97, 0.98, 0.99))
+        ),
+        Table(
+            "extreme",
+            "Where norms stay high: the paper's rule and patience",
+            by_rate(("paper", "zclip_optim"), EXTREME_RATES),
+        ),
+        Table(
+            "arch",
+            "Other architectures",
+            tuple(
+                Row(f"{label}: {METHODS[method].label}", method, architecture=architecture, batch=batch)
+                for architecture, label, batch in (("gpt2", "GPT-2", BATCH), ("vit", "ViT", 32))
+                for method in COMPARED
+            ),
+        ),
+        Table(
+            "rl",
+            "REINFORCE on CartPole",
+            tuple(Row(METHODS[method].label, method, architecture=CARTPOLE) for method in COMPARED),
+            columns=(
+                Column("episodes to a mean return of 195", "episodes_to_solve", "{:.0f}"),
+                Count("solved", "solved"),
+                Column("largest norm / median", "largest_to_median_norm", "{:.1f}"),
+                CLIPPED,
+            ),
+            conditions=(CLEAN,),
+            seeds=5,
+        ),
+    )
+}
+
+
+def summarize_rows(
+    table: Table, size: Size, seeds: int | None, outcome: Callable[[Cell], Outcome]
+) -> list[dict[str, Any]]:
+    """For each row and condition the figures of every seed, their mean and their standard deviation."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row, condition, cell in table.cells(size, seeds):
+        entry = rows.setdefault((row.label, condition), new_entry(table, row, condition, cell))
+        entry["cells"].append(cell.name)
+        figures = outcome(cell)
+        for column in table.columns:
+            entry["values"][column.key].append(figures[column.key])
+    for entry in rows.values():
+        entry["mean"] = {key: over_finite(statistics.fmean, values) for key, values in entry["values"].items()}
+        entry["std"] = {key: over_finite(spread, values) for key, values in entry["values"].items()}
+    return list(rows.values())
+
+
+def new_entry(table: Table, row: Row, condition: str, cell: Cell) -> dict[str, Any]:
+    """A row of the results without its figures."""
+    return {
+        "row": row.label,
+        "condition": condition,
+        "architecture": row.architecture,
+        "method": row.method,
+        "options": dict(row.options),
+        "lr": cell.lr,
+        "steps": cell.steps,
+        "batch": cell.batch,
+        "cells": [],
+        "values": {column.key: [] for column in table.columns},
+    }
+
+
+def over_finite(statistic: Callable[[Sequence[float]], float], values: Sequence[float]) -> float:
+    """Of the finite values; NaN if there are none."""
+    finite = [float(value) for value in values if math.isfinite(value)]
+    return statistic(finite) if finite else math.nan
+
+
+def spread(values: Sequence[float]) -> float:
+    """Sample standard deviation; 0 for one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def format_rows(table: Table, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table in Markdown, one group of columns per condition."""
+    shown: dict[str, dict[str, str]] = {}
+    for entry in rows:
+        line = shown.setdefault(entry["row"], {"": entry["row"]})
+        for column in table.columns:
+            title = f"{entry['condition']}: {column.title}" if len(table.conditions) > 1 else column.title
+            line[title] = column.show(entry["values"][column.key])
+    return markdown(list(shown.values()))

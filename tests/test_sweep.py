@@ -1,0 +1,177 @@
+"""`python -m benchmarks sweep`: the tables' cells, the files they leave, going on where a sweep was stopped."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import cells
+from benchmarks.__main__ import main
+from benchmarks.cartpole import CartPoleRun, standardized_returns
+from benchmarks.cells import Cell, load_outcome, run_cell
+from benchmarks.digits import CORRUPTIONS, DigitBatches
+from benchmarks.methods import METHODS
+from benchmarks.presets import PRESETS
+from benchmarks.records import read_records
+from benchmarks.report import FINAL, steps_to_loss
+from benchmarks.run import Run, StepRecord, TrainConfig
+from benchmarks.tables import ABLATION_RATE, RATES, TABLES, Column, Size
+from zclip_optim import ZClip
+
+CELL = Cell("vit", "zclip_optim", lr=1e-3, seed=0, condition="bad shard", steps=30, batch=8)
+
+
+def sweep(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "sweep", *map(str, args)])
+    main()
+
+
+def record(step, loss, corrupted=None):
+    nothing = dict.fromkeys(("lr", "grad_norm", "clipped_norm", "threshold", "z_score", "mean", "std", "ms"), 1.0)
+    return StepRecord(
+        "none", step, tokens=step, loss=loss, corrupted=corrupted, clipped=False, skipped=False, **nothing
+    )
+
+
+def test_the_tables_are_the_issue_s():
+    assert list(TABLES) == ["lr", "methods", "options", "z_thresh", "alpha", "extreme", "arch", "rl"]
+    assert len(RATES) == 7
+    assert [row.options for row in TABLES["z_thresh"].rows] == [
+        (("z_thresh", 1.5),), (("z_thresh", 2.0),), (), (("z_thresh", 3.0),), (("z_thresh", 3.5),), (("z_thresh", 4.0),)
+    ]  # fmt: skip
+    assert ZClip().config.z_thresh == 2.5
+    assert ZClip().config.alpha == 0.97
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_cell_of_a_table_can_be_built(name):
+    table = TABLES[name]
+    assert len({row.label for row in table.rows}) == len(table.rows)
+    found = [cell for _, _, cell in table.cells(Size())]
+    assert len({cell.name for cell in found}) == len(found) == len(table.rows) * len(table.conditions) * table.seeds
+    for cell in found:
+        if cell.clipping.ours:
+            ZClip(**cell.clipping.options)
+
+
+def test_tables_share_the_cells_that_they_have_in_common():
+    names = {name: {cell.name for _, _, cell in table.cells(Size())} for name, table in TABLES.items()}
+    for name in ("options", "z_thresh", "alpha", "lr"):
+        assert names[name] & names["methods"]
+    assert {row.rate for row in TABLES["methods"].rows} == {ABLATION_RATE}
+
+
+def test_a_cell_leaves_its_steps_and_its_outcome(tmp_path):
+    assert load_outcome(CELL, tmp_path) is None
+    outcome = run_cell(CELL, tmp_path)
+    assert load_outcome(CELL, tmp_path)["held_out_loss"] == outcome["held_out_loss"]
+    records = read_records(tmp_path / f"{CELL.name}.jsonl")
+    assert [r.step for r in records] == list(range(1, 31))
+    assert records[-1].tokens == 30 * 8
+    assert {r.corrupted for r in records} <= {None, *CORRUPTIONS}
+    assert outcome["corrupted_steps"] == sum(r.corrupted is not None for r in records) > 0
+    assert outcome["clipped_share"] == sum(r.clipped for r in records) / 30
+
+
+def test_a_cell_that_gives_up_has_diverged(tmp_path, monkeypatch):
+    monkeypatch.setitem(cells.METHODS, "zclip_optim", replace(METHODS["zclip_optim"], options={"nonfinite": "raise"}))
+    outcome = run_cell(replace(CELL, lr=1e30), tmp_path)
+    assert outcome["diverged"]
+    assert outcome["steps"] < 30
+
+
+def test_what_has_not_learned_has_diverged(tmp_path):
+    untrained = run_cell(replace(CELL, steps=1, lr=1e-9), tmp_path)
+    trained = run_cell(replace(CELL, steps=120, lr=2e-3, batch=32, condition="clean"), tmp_path)
+    assert (untrained["diverged"], trained["diverged"]) == (True, False)
+    assert DigitBatches(8, 0, {}).chance == pytest.approx(math.log(10), abs=0.01)
+
+
+def test_a_method_that_does_not_tell_has_no_share_of_clipped_steps(tmp_path):
+    assert math.isnan(run_cell(replace(CELL, method="adagc", steps=3), tmp_path)["clipped_share"])
+
+
+def test_a_sweep_goes_on_where_it_was_stopped_and_a_cell_can_be_run_again(tmp_path, monkeypatch, capsys):
+    size = ("options", "--steps", 3, "--batch", 1, "--seeds", 1, "--out", tmp_path)
+    sweep(monkeypatch, *size)
+    first = json.loads((tmp_path / "options.json").read_text())
+    assert [row["row"] for row in first["rows"]] == ["max", "max", "mean", "mean", "reciprocal", "reciprocal"]
+    assert {"name", "command", "machine", "versions", "seeds", "rows"} <= first.keys()
+    ended, again = first["rows"][0]["cells"][0], first["rows"][2]["cells"][0]
+    path = tmp_path / "cells" / f"{ended}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"held_out_loss": 7.0}))
+    (tmp_path / "cells" / f"{again}.json").unlink()
+    sweep(monkeypatch, *size)
+    second = json.loads((tmp_path / "options.json").read_text())
+    assert second["rows"][0]["mean"]["held_out_loss"] == 7.0
+    assert second["rows"][2] == first["rows"][2]
+    assert "| max " in capsys.readouterr().out
+
+    sweep(monkeypatch, *size, "--cell", again)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["held_out_loss"] == first["rows"][2]["values"]["held_out_loss"][0]
+
+
+def test_the_other_tasks_in_short(tmp_path, monkeypatch):
+    for name in ("arch", "rl"):
+        sweep(monkeypatch, name, "--steps", 2, "--batch", 1, "--seeds", 1, "--out", tmp_path)
+        rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+        assert len(rows) == len(TABLES[name].rows) * len(TABLES[name].conditions)
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["nothing"], "nothing"),
+        (["lr", "--seeds", "0"], "must be a whole number >= 1, got '0'"),
+        (["lr", "--cell", "no-such"], "the table lr has no such cell"),
+        (["lr", "--preset", "huge"], "huge"),
+    ],
+)
+def test_wrong_input_is_one_line(args, complaint, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        sweep(monkeypatch, *args, "--out", tmp_path)
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert complaint in line
+
+
+def test_a_column_is_the_mean_of_what_is_finite():
+    column = Column("loss", "loss", "{:.1f}")
+    assert column.show([1.0, 3.0, math.nan]) == "2.0 ± 1.4"
+    assert column.show([math.nan]) == "-"
+
+
+def test_steps_to_loss():
+    losses = [3.0] * FINAL + [1.0] * FINAL
+    records = [record(i, loss) for i, loss in enumerate(losses, start=1)]
+    assert steps_to_loss(records, 2.0) == FINAL + FINAL // 2
+    assert math.isnan(steps_to_loss(records, 0.5))
+    records[FINAL] = record(FINAL + 1, 1.0, corrupted="zeros")
+    assert steps_to_loss(records, 2.0) == FINAL + FINAL // 2 + 1
+
+
+def test_micro_batches_leave_the_batch_s_gradient(monkeypatch):
+    config = TrainConfig(steps=2, lr=1e-3, seed=0, batch=8, architecture="vit", corrupt=False)
+    gradients = []
+    for micro_batch in (None, 3):
+        monkeypatch.setitem(PRESETS, "nano", replace(PRESETS["nano"], micro_batch=micro_batch))
+        run = Run(METHODS["none"], config, config.open())
+        loss = next(run.steps()).loss
+        gradients.append((loss, torch.cat([p.grad.flatten() for p in run.model.parameters()])))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_reinforce_solves_cartpole():
+    records = list(CartPoleRun(METHODS["zclip_optim"], lr=1e-2, seed=0).episodes(400))
+    assert len(records) < 400
+    assert records[-1].tokens == sum(r.episode_return for r in records)
+
+
+def test_returns_are_discounted_and_standardized():
+    returns = standardized_returns([1.0, 1.0, 1.0])
+    raw = torch.tensor([1 + 0.99 + 0.99**2, 1.99, 1.0])
+    torch.testing.assert_close(returns, (raw - raw.mean()) / raw.std(), rtol=1e-4, atol=1e-5)
