@@ -19,6 +19,7 @@ COMMANDS = {
     "gpu": "benchmarks.gpu",
     "train": "benchmarks.train",
     "sweep": "benchmarks.sweep",
+    "plot": "benchmarks.figures",
 }
 DEFAULT = "compare"
 BAD_USE, INTERRUPTED = 2, 130
