@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.data import Batches
+from benchmarks.figures import overview_figure, save
 from benchmarks.methods import METHODS, Method
 from benchmarks.options import add_training_options, prepare_folder
-from benchmarks.plots import compare_figure
 from benchmarks.progress import StepProgress
 from benchmarks.records import line
 from benchmarks.report import (
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     for method in (METHODS[name] for name in COMPARED):
         runs[method.label], summary = train_method(method, config, batches, args.out)
         summaries.append(summary)
-    compare_figure(runs, config, args.out / "compare.png")
+    save(overview_figure, runs, args.out / "compare.png")
     write_summary(args.out / "compare.json", config, batches, summaries)
     print(f"\n{format_table(summaries)}\n\n{notes(config)}\nwritten to {args.out}: compare.png, compare.json, *.jsonl")
 

@@ -1,7 +1,7 @@
 """Draws runs from their JSON lines, as `train`, `sweep` and `compare` write them: one figure for each question.
 
-The first run is the baseline whose final loss the others are to reach. Writes loss.png, norms.png, tokens.png,
-clipped.png, statistics.png, normality.png and throughput.png to --out, and prints the tests of normality.
+The first run is the baseline whose final loss the others are to reach. Writes overview.png, loss.png, norms.png,
+tokens.png, clipped.png, statistics.png, normality.png and throughput.png to --out, and prints the tests of normality.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from benchmarks.report import FINAL, final_loss, markdown, steps_to_loss
 from benchmarks.run import StepRecord
 
 Runs = Mapping[str, Sequence[StepRecord]]  # by label
+Draw = Callable[[Runs], Figure]
 
 WINDOW = 100  # steps: of the share of clipped steps, and of each sample of norms
 SAMPLE_STARTS = {"early": 0.2, "mid": 0.5}  # share of the run at which a sample of norms starts
@@ -47,10 +48,15 @@ def run(args: argparse.Namespace) -> None:
     runs = labelled([read_records(path) for path in args.runs], args.labels)
     prepare_folder(args.out)
     for name, draw in FIGURES.items():
-        with mpl.rc_context(STYLE):
-            draw(runs).savefig(args.out / f"{name}.png", dpi=100)
+        save(draw, runs, args.out / f"{name}.png")
     print(normality_table(runs))
     print(f"\nwritten to {args.out}: {', '.join(f'{name}.png' for name in FIGURES)}")
+
+
+def save(draw: Draw, runs: Runs, path: Path) -> None:
+    """Draws and writes one figure as a PNG."""
+    with mpl.rc_context(STYLE):
+        draw(runs).savefig(path, dpi=100)
 
 
 def labelled(runs: Sequence[Sequence[StepRecord]], labels: Sequence[str] | None) -> dict[str, Sequence[StepRecord]]:
@@ -61,6 +67,19 @@ def labelled(runs: Sequence[Sequence[StepRecord]], labels: Sequence[str] | None)
         label = labels[index] if labels else METHODS[name].label if name in METHODS else name
         found[f"{label} ({index + 1})" if label in found else label] = records
     return found
+
+
+def overview_figure(runs: Runs) -> Figure:
+    """The loss of all runs in one panel; below it each run's gradient norm before and after clipping."""
+    figure = Figure(figsize=(max(10, 3.2 * len(runs)), 6.4), layout="constrained")
+    grid = figure.add_gridspec(2, len(runs))
+    loss_panel(figure.add_subplot(grid[0, :]), runs)
+    first = None
+    for column, (color, (label, records)) in enumerate(zip(cycle(COLORS), runs.items(), strict=False)):
+        axes = figure.add_subplot(grid[1, column], sharey=first)
+        first = first or axes
+        norm_panel(axes, label, records, color)
+    return figure
 
 
 def loss_figure(runs: Runs) -> Figure:
@@ -213,7 +232,8 @@ def tokens_per_second(records: Sequence[StepRecord]) -> list[float]:
     return [1e3 * (r.tokens - last) / r.ms for r, last in zip(records, before, strict=False)]
 
 
-FIGURES: dict[str, Callable[[Runs], Figure]] = {
+FIGURES: dict[str, Draw] = {
+    "overview": overview_figure,
     "loss": loss_figure,
     "norms": norm_figure,
     "tokens": tokens_figure,

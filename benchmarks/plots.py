@@ -1,4 +1,4 @@
-"""Figures, one function each."""
+"""The look that all figures share, their panels, and the figure of `overhead`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.overhead import Row
-from benchmarks.run import StepRecord, TrainConfig
+from benchmarks.run import StepRecord
 
 SMOOTH = 15  # clean steps in the running mean of the loss
 COLORS = ("#7f7f7f", "#e07b00", "#1769c2", "#2a9d4a", "#c0392b", "#7d4fb3")
@@ -21,54 +21,7 @@ BEFORE, BAD = "#d9a6a6", "#f7e3e3"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
 
 
-def compare_figure(runs: Mapping[str, Sequence[StepRecord]], config: TrainConfig, path: Path) -> None:
-    """The loss of all runs in one panel; below it each run's gradient norm before and after clipping.
-
-    Args:
-        runs: records of each run, by the method's label.
-        config: what the runs share.
-        path: the PNG to write.
-    """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 6.4), layout="constrained")
-        grid = figure.add_gridspec(2, len(runs))
-        loss_panel(figure.add_subplot(grid[0, :]), runs, f", peak learning rate {config.lr:g}, seed {config.seed}")
-        first = None
-        for column, (color, (label, records)) in enumerate(zip(cycle(COLORS), runs.items(), strict=False)):
-            axes = figure.add_subplot(grid[1, column], sharey=first)
-            first = first or axes
-            norm_panel(axes, label, records, color)
-        figure.savefig(path, dpi=100)
-
-
-def overhead_figure(by_tensors: Sequence[Row], by_parameters: Sequence[Row], path: Path) -> None:
-    """Every method's own cost against the number of tensors, and of parameters with the limit of one read.
-
-    Args:
-        by_tensors: rows of models that differ in the number of tensors.
-        by_parameters: rows of models that differ in the size of the tensors.
-        path: the PNG to write.
-    """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        growth_panel(left, by_tensors, [row.tensors for row in by_tensors], "tensors of 1,024 elements")
-        growth_panel(right, by_parameters, [row.parameters for row in by_parameters], "parameters, in 8 tensors")
-        figure.savefig(path, dpi=100)
-
-
-def growth_panel(axes: Axes, rows: Sequence[Row], sizes: Sequence[int], label: str) -> None:
-    """Own cost of every method, and the time of one read, on log-log axes."""
-    for color, method in zip(cycle(COLORS[2:]), rows[0].own_us if rows else (), strict=False):
-        axes.loglog(sizes, plottable(row.own_us[method] for row in rows), "o-", color=color, markersize=3, label=method)
-    axes.loglog(
-        sizes, [row.read_us for row in rows], "--", color="black", linewidth=1, label="one sum over each gradient"
-    )
-    axes.set(title="Clipping's own cost per step", xlabel=label, ylabel="microseconds")
-    axes.legend(frameon=False, fontsize=8)
-
-
-def loss_panel(axes: Axes, runs: Mapping[str, Sequence[StepRecord]], subtitle: str = "") -> None:
+def loss_panel(axes: Axes, runs: Mapping[str, Sequence[StepRecord]]) -> None:
     """Every run's loss on clean batches: each step thin, the running mean bold."""
     for color, (label, records) in zip(cycle(COLORS), runs.items(), strict=False):
         clean = [r for r in records if r.corrupted is None]
@@ -77,7 +30,7 @@ def loss_panel(axes: Axes, runs: Mapping[str, Sequence[StepRecord]], subtitle: s
         axes.plot(steps, running_mean(losses, SMOOTH), color=color, linewidth=1.8, label=label)
     mark_corrupted(axes, corrupted_steps(runs))
     axes.set(
-        title=f"Training loss on clean batches (thin: every step; bold: mean of {SMOOTH}){subtitle}",
+        title=f"Training loss on clean batches (thin: every step; bold: mean of {SMOOTH})",
         xlabel="step",
         ylabel="loss (nats per token)",
         xlim=(0, max(len(records) for records in runs.values()) + 1),
@@ -118,3 +71,30 @@ def plottable(values: Iterable[float]) -> list[float]:
 def running_mean(values: Sequence[float], width: int) -> list[float]:
     """Mean of the last `width` values up to each one."""
     return [statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
+
+
+def overhead_figure(by_tensors: Sequence[Row], by_parameters: Sequence[Row], path: Path) -> None:
+    """Every method's own cost against the number of tensors, and of parameters with the limit of one read.
+
+    Args:
+        by_tensors: rows of models that differ in the number of tensors.
+        by_parameters: rows of models that differ in the size of the tensors.
+        path: the PNG to write.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        growth_panel(left, by_tensors, [row.tensors for row in by_tensors], "tensors of 1,024 elements")
+        growth_panel(right, by_parameters, [row.parameters for row in by_parameters], "parameters, in 8 tensors")
+        figure.savefig(path, dpi=100)
+
+
+def growth_panel(axes: Axes, rows: Sequence[Row], sizes: Sequence[int], label: str) -> None:
+    """Own cost of every method, and the time of one read, on log-log axes."""
+    for color, method in zip(cycle(COLORS[2:]), rows[0].own_us if rows else (), strict=False):
+        axes.loglog(sizes, plottable(row.own_us[method] for row in rows), "o-", color=color, markersize=3, label=method)
+    axes.loglog(
+        sizes, [row.read_us for row in rows], "--", color="black", linewidth=1, label="one sum over each gradient"
+    )
+    axes.set(title="Clipping's own cost per step", xlabel=label, ylabel="microseconds")
+    axes.legend(frameon=False, fontsize=8)

@@ -6,8 +6,10 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
+from benchmarks import paper
 from benchmarks.cells import BAD_SHARD, CARTPOLE, CLEAN, Cell
 from benchmarks.methods import METHODS
 from benchmarks.presets import PRESETS
@@ -35,12 +37,13 @@ class Size:
 class Row:
     """A row: everything of a cell but seed and condition; `rate` in units of the preset's learning rate."""
 
-    label: str
+    label: str  # "{lr:g}" in it stands for the peak learning rate
     method: str
     rate: float = ABLATION_RATE
     options: tuple[tuple[str, float], ...] = ()
     architecture: str = "llama"
     batch: int = BATCH
+    paper: tuple[str, ...] = ()  # what the paper has for it, in the order of the table's `paper`
 
     def cell(self, size: Size, condition: str, seed: int) -> Cell:
         """One of its runs."""
@@ -71,7 +74,9 @@ class Column:
     def show(self, values: Sequence[float]) -> str:
         """Mean and standard deviation; "-" if there is nothing to show."""
         mean, std = over_finite(statistics.fmean, values), over_finite(spread, values)
-        return "-" if math.isnan(mean) else f"{self.form.format(mean)} ± {self.form.format(std)}"
+        finite = sum(map(math.isfinite, values))
+        some = "" if finite == len(values) else f" ({finite} of {len(values)})"
+        return f"{self.form.format(mean)} ± {self.form.format(std)}{some}" if finite else "-"
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class Table:
     title: str
     rows: tuple[Row, ...]
     columns: tuple[Column | Count, ...] = LANGUAGE
+    paper: tuple[str, ...] = ()  # titles of the columns that the paper's figures fill
     conditions: tuple[str, ...] = CONDITIONS
     seeds: int = 3
 
@@ -116,17 +122,23 @@ class Table:
                     yield row, condition, row.cell(size, condition, seed)
 
 
-def by_rate(methods: Sequence[str], rates: Sequence[float]) -> tuple[Row, ...]:
-    """Every method at every rate; the label names the rate of the preset nano."""
-    return tuple(Row(f"{rate:g} x, {METHODS[method].label}", method, rate=rate) for rate in rates for method in methods)
+def by_rate(
+    methods: Sequence[str], rates: Sequence[float], published: Sequence[tuple[str, ...]] = ()
+) -> tuple[Row, ...]:
+    """Every method at every rate."""
+    pairs = [(rate, method) for rate in rates for method in methods]
+    return tuple(
+        Row(f"{{lr:g}}, {METHODS[method].label}", method, rate=rate, paper=figures)
+        for (rate, method), figures in zip_longest(pairs, published, fillvalue=())
+    )
 
 
-def by_option(option: str, values: Sequence[float]) -> tuple[Row, ...]:
+def by_option(option: str, published: Mapping[float, tuple[str, ...]]) -> tuple[Row, ...]:
     """zclip_optim with each value of an option; its default is the run without it, which other tables share."""
     default = {"z_thresh": 2.5, "alpha": 0.97}[option]
     return tuple(
-        Row(f"{option}={value:g}", "zclip_optim", options=() if value == default else ((option, value),))
-        for value in values
+        Row(f"{option}={value:g}", "zclip_optim", options=() if value == default else ((option, value),), paper=figures)
+        for value, figures in published.items()
     )
 
 
@@ -136,27 +148,39 @@ ALL = ("none", "fixed", "autoclip", "adagc", "published", "paper", "zclip_optim"
 TABLES = {
     table.name: table
     for table in (
-        Table("lr", "Learning rates (paper: Table 2)", by_rate(("fixed", "zclip_optim"), RATES), WITH_FIXED),
-        Table("methods", "Methods (paper: Table 3)", tuple(Row(METHODS[name].label, name) for name in ALL), WITH_FIXED),
+        Table(
+            "lr",
+            "Learning rates (paper: Table 2)",
+            by_rate(("fixed", "zclip_optim"), RATES, paper.RATES),
+            WITH_FIXED,
+            paper.RATE_COLUMNS,
+        ),
+        Table(
+            "methods",
+            "Methods (paper: Table 3)",
+            tuple(Row(METHODS[name].label, name, paper=paper.METHODS.get(name, ())) for name in ALL),
+            WITH_FIXED,
+            paper.COLUMNS,
+        ),
         Table(
             "options",
             "What a spike is clipped to (paper: Table 5)",
-            (Row("max", "max"), Row("mean", "mean"), Row("reciprocal", "zclip_optim")),
+            tuple(
+                Row(METHODS[name].options.get("clip_option", "reciprocal"), name, paper=figures)
+                for name, figures in paper.OPTIONS.items()
+            ),
+            paper=paper.COLUMNS,
         ),
-        Table("z_thresh", "Threshold (paper: Table 6)", by_option("z_thresh", (1.5, 2.0, 2.5, 3.0, 3.5, 4.0))),
+        Table("z_thresh", "Threshold (paper: Table 6)", by_option("z_thresh", paper.Z_THRESH), paper=paper.COLUMNS),
         Table(
-            "alpha", "Decay of the statistics (paper: Table 7)", by_option("alpha", (0.9, 0.93, 0.95, 0.97, 0.98, 0.99))
+            "alpha", "Decay of the statistics (paper: Table 7)", by_option("alpha", paper.ALPHA), paper=paper.COLUMNS
         ),
-        Table(
-            "extreme",
-            "Where norms stay high: the paper's rule and patience",
-            by_rate(("paper", "zclip_optim"), EXTREME_RATES),
-        ),
+        Table("extreme", "Rates where norms stay high", by_rate(("paper", "zclip_optim"), EXTREME_RATES)),
         Table(
             "arch",
             "Other architectures",
             tuple(
-                Row(f"{label}: {METHODS[method].label}", method, architecture=architecture, batch=batch)
+                Row(f"{label}, {METHODS[method].label}", method, architecture=architecture, batch=batch)
                 for architecture, label, batch in (("gpt2", "GPT-2", BATCH), ("vit", "ViT", 32))
                 for method in COMPARED
             ),
@@ -184,7 +208,7 @@ def summarize_rows(
     """For each row and condition the figures of every seed, their mean and their standard deviation."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row, condition, cell in table.cells(size, seeds):
-        entry = rows.setdefault((row.label, condition), new_entry(table, row, condition, cell))
+        entry = rows.setdefault((cell_label(row, cell), condition), new_entry(table, row, condition, cell))
         entry["cells"].append(cell.name)
         figures = outcome(cell)
         for column in table.columns:
@@ -198,7 +222,7 @@ def summarize_rows(
 def new_entry(table: Table, row: Row, condition: str, cell: Cell) -> dict[str, Any]:
     """A row of the results without its figures."""
     return {
-        "row": row.label,
+        "row": cell_label(row, cell),
         "condition": condition,
         "architecture": row.architecture,
         "method": row.method,
@@ -206,9 +230,15 @@ def new_entry(table: Table, row: Row, condition: str, cell: Cell) -> dict[str, A
         "lr": cell.lr,
         "steps": cell.steps,
         "batch": cell.batch,
+        "paper": dict(zip(table.paper, row.paper, strict=False)),
         "cells": [],
         "values": {column.key: [] for column in table.columns},
     }
+
+
+def cell_label(row: Row, cell: Cell) -> str:
+    """The row's label with the learning rate of its cells."""
+    return row.label.format(lr=cell.lr)
 
 
 def over_finite(statistic: Callable[[Sequence[float]], float], values: Sequence[float]) -> float:
@@ -223,11 +253,20 @@ def spread(values: Sequence[float]) -> float:
 
 
 def format_rows(table: Table, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table in Markdown, one group of columns per condition."""
-    shown: dict[str, dict[str, str]] = {}
-    for entry in rows:
-        line = shown.setdefault(entry["row"], {"": entry["row"]})
-        for column in table.columns:
-            title = f"{entry['condition']}: {column.title}" if len(table.conditions) > 1 else column.title
-            line[title] = column.show(entry["values"][column.key])
-    return markdown(list(shown.values()))
+    """In Markdown, a table for each condition; the paper's figures beside ours for clean data, which its data were."""
+    sections = []
+    for condition in table.conditions:
+        lines = [
+            {table.name: entry["row"]}
+            | {column.title: column.show(numbers(entry["values"][column.key])) for column in table.columns}
+            | {f"paper: {title}": entry["paper"].get(title, "-") for title in table.paper if condition == CLEAN}
+            for entry in rows
+            if entry["condition"] == condition
+        ]
+        sections.append(f"{condition.capitalize()}:\n\n{markdown(lines)}")
+    return "\n\n".join(sections)
+
+
+def numbers(values: Sequence[float | None]) -> list[float]:
+    """The values with NaN for what JSON has as null."""
+    return [math.nan if value is None else value for value in values]

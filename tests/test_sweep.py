@@ -18,7 +18,7 @@ from benchmarks.presets import PRESETS
 from benchmarks.records import read_records
 from benchmarks.report import FINAL, steps_to_loss
 from benchmarks.run import Run, StepRecord, TrainConfig
-from benchmarks.tables import ABLATION_RATE, RATES, TABLES, Column, Size
+from benchmarks.tables import ABLATION_RATE, RATES, TABLES, Column, Size, cell_label
 from zclip_optim import ZClip
 
 CELL = Cell("vit", "zclip_optim", lr=1e-3, seed=0, condition="bad shard", steps=30, batch=8)
@@ -49,7 +49,7 @@ def test_the_tables_are_the_issue_s():
 @pytest.mark.parametrize("name", TABLES)
 def test_every_cell_of_a_table_can_be_built(name):
     table = TABLES[name]
-    assert len({row.label for row in table.rows}) == len(table.rows)
+    assert len({cell_label(row, cell) for row, _, cell in table.cells(Size())}) == len(table.rows)
     found = [cell for _, _, cell in table.cells(Size())]
     assert len({cell.name for cell in found}) == len(found) == len(table.rows) * len(table.conditions) * table.seeds
     for cell in found:
@@ -141,7 +141,8 @@ def test_wrong_input_is_one_line(args, complaint, tmp_path, monkeypatch, capsys)
 
 def test_a_column_is_the_mean_of_what_is_finite():
     column = Column("loss", "loss", "{:.1f}")
-    assert column.show([1.0, 3.0, math.nan]) == "2.0 ± 1.4"
+    assert column.show([1.0, 3.0]) == "2.0 ± 1.4"
+    assert column.show([1.0, 3.0, math.nan]) == "2.0 ± 1.4 (2 of 3)"
     assert column.show([math.nan]) == "-"
 
 
