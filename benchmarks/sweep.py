@@ -36,8 +36,8 @@ NOTES = (
     "for a method that does not tell",
     "diverged: ended early by losses or gradients that stayed non-finite, or with a validation loss not below that of "
     "a model that knows only how often each byte (each digit) occurs",
-    "steps to fixed's final loss: until the mean of 50 losses is down at that of the last 50 of fixed clipping at the same "
-    "rate and seed",
+    "steps to fixed's final loss: until the mean of 50 losses is down at that of the last 50 of fixed clipping, at the "
+    "same rate and seed",
     SPIKE_DEFINITION,
 )
 THREADS = 1  # per process; a model of this size gains little from a second one
