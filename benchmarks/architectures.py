@@ -28,6 +28,11 @@ class Architecture:
     open: Open
     corruptions: tuple[str, ...]
 
+    @property
+    def is_text(self) -> bool:
+        """Whether it can train on the user's files."""
+        return self.open is open_text
+
 
 def open_text(paths: Sequence[Path], preset: Preset, batch: int, seed: int, schedule: dict[int, str]) -> Batches:
     """The given files, or the standard library's source."""

@@ -40,7 +40,8 @@ class CartPoleRun:
         import gymnasium
 
         torch.manual_seed(seed)
-        self.method, self.lr, self.seed, self.actions = method, lr, seed, 0
+        self.method, self.lr, self.seed = method, lr, seed
+        self.actions, self.solved = 0, False
         self.environment = gymnasium.make("CartPole-v1")
         self.policy = nn.Sequential(nn.Linear(4, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2))
         self.stepper = method.start(self.policy, torch.optim.Adam(self.policy.parameters(), lr=lr))
@@ -52,7 +53,8 @@ class CartPoleRun:
             record = self._episode(episode)
             yield record
             returns.append(record.episode_return)
-            if len(returns) == EPISODES and statistics.fmean(returns) >= SOLVED:
+            self.solved = len(returns) == EPISODES and statistics.fmean(returns) >= SOLVED
+            if self.solved:
                 return
 
     def _episode(self, episode: int) -> EpisodeRecord:

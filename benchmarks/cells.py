@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cartpole import SOLVED, CartPoleRun, EpisodeRecord
+from benchmarks.architectures import ARCHITECTURES
+from benchmarks.cartpole import CartPoleRun, EpisodeRecord
 from benchmarks.distributed import default_device
 from benchmarks.methods import METHODS, Method
 from benchmarks.presets import PRESETS
-from benchmarks.records import read_records, write_records
-from benchmarks.report import steps_to_loss, summarize, write_json
+from benchmarks.records import write_records
+from benchmarks.report import summarize, write_json
 from benchmarks.run import Run, StepRecord, TrainConfig
 from zclip_optim import NonFiniteGradientError, ZClipWarning
 
@@ -64,7 +66,9 @@ def run_cell(cell: Cell, folder: Path, paths: Sequence[Path] = ()) -> dict[str, 
         records, figures = cartpole(cell) if cell.architecture == CARTPOLE else training(cell, paths)
     write_records(folder / f"{cell.name}.jsonl", records)
     outcome = {"cell": asdict(cell), **figures, "seconds": round(time.perf_counter() - start, 1)}
-    write_json(folder / f"{cell.name}.json", outcome)
+    unfinished = folder / f"{cell.name}.json.part"
+    write_json(unfinished, outcome)
+    unfinished.rename(folder / f"{cell.name}.json")
     return outcome
 
 
@@ -75,14 +79,6 @@ def load_outcome(cell: Cell, folder: Path) -> dict[str, Any] | None:
         return None
     outcome: dict[str, Any] = json.loads(path.read_text())
     return {key: math.nan if value is None else value for key, value in outcome.items()}
-
-
-def steps_to_fixed(cell: Cell, folder: Path) -> float:
-    """Steps until the mean of the last clean losses is down at the final loss of fixed clipping; NaN if it never is."""
-    fixed = load_outcome(replace(cell, method="fixed", options=()), folder)
-    if fixed is None:
-        return math.nan
-    return steps_to_loss(read_records(folder / f"{cell.name}.jsonl"), fixed["final_loss"])
 
 
 def training(cell: Cell, paths: Sequence[Path]) -> tuple[list[StepRecord], dict[str, Any]]:
@@ -97,7 +93,8 @@ def training(cell: Cell, paths: Sequence[Path]) -> tuple[list[StepRecord], dict[
         warmup_share=PRESETS[cell.preset].warmup_share,
         corrupt=cell.condition == BAD_SHARD,
     )
-    run = Run(cell.clipping, config, config.open(paths), default_device())
+    batches = config.open(paths if ARCHITECTURES[cell.architecture].is_text else ())
+    run = Run(cell.clipping, config, batches, default_device())
     records: list[StepRecord] = []
     with suppress(NonFiniteGradientError):  # the run ends there, as a user's would
         records.extend(run.steps())
@@ -105,22 +102,23 @@ def training(cell: Cell, paths: Sequence[Path]) -> tuple[list[StepRecord], dict[
     summary = asdict(summarize(cell.method, cell.clipping.label, records, held_out_loss, config.warmup_steps))
     ended_early = len(records) < cell.steps
     return records, summary | {
-        "diverged": ended_early or not held_out_loss < run.batches.chance,
+        "diverged": ended_early or not held_out_loss < batches.chance,
         "clipped_share": share_of_clipped(records),
     }
 
 
 def cartpole(cell: Cell) -> tuple[list[EpisodeRecord], dict[str, Any]]:
-    """A run of REINFORCE."""
-    records = list(CartPoleRun(cell.clipping, cell.lr, cell.seed).episodes(cell.steps))
-    solved = len(records) < cell.steps
-    norms = sorted(record.grad_norm for record in records)
+    """A run of REINFORCE, up to where it is solved, a method gave up, or its last episode."""
+    run = CartPoleRun(cell.clipping, cell.lr, cell.seed)
+    records: list[EpisodeRecord] = []
+    with suppress(NonFiniteGradientError):
+        records.extend(run.episodes(cell.steps))
+    norms = [record.grad_norm for record in records]
     return records, {
-        "solved": solved,
+        "solved": run.solved,
         "episodes": len(records),
-        "episodes_to_solve": len(records) if solved else math.nan,
-        "mean_return": SOLVED,
-        "largest_to_median_norm": norms[-1] / norms[len(norms) // 2],
+        "episodes_to_solve": len(records) if run.solved else math.nan,
+        "largest_to_median_norm": max(norms) / statistics.median(norms) if norms else math.nan,
         "clipped_share": share_of_clipped(records),
     }
 

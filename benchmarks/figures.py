@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,22 +107,22 @@ def tokens_figure(runs: Runs) -> Figure:
     axes.axhline(target, color="black", linewidth=0.9, linestyle="--", label=f"final loss of {baseline}")
     for color, (label, records) in zip(cycle(COLORS), runs.items(), strict=False):
         clean = [r for r in records if r.corrupted is None]
-        means = running_mean([r.loss for r in clean], FINAL)
+        means = running_mean([r.loss for r in clean], FINAL)[FINAL - 1 :]
         reached = tokens_to_loss(records, target)
         told = f"{label}: {reached:,.0f} tokens" if math.isfinite(reached) else f"{label}: not reached"
-        axes.plot([r.tokens for r in clean], means, color=color, linewidth=1.5, label=told)
+        axes.plot([r.tokens for r in clean[FINAL - 1 :]], means, color=color, linewidth=1.5, label=told)
         axes.plot(reached, target, "o", color=color, markersize=6)
     axes.set(
         title=f"Tokens to the final loss of {baseline}",
         xlabel="tokens",
-        ylabel=f"loss (nats per token), mean of {FINAL}",
+        ylabel=f"loss (nats), mean of {FINAL}",
     )
     axes.legend(frameon=False)
     return figure
 
 
 def tokens_to_loss(records: Sequence[StepRecord], target: float) -> float:
-    """Tokens seen when the mean of FINAL losses is down at `target`; NaN if it never is."""
+    """Tokens seen when the mean of FINAL losses is down at `target` for good; NaN if it never is."""
     step = steps_to_loss(records, target)
     return next((float(r.tokens) for r in records if r.step == step), math.nan)
 
@@ -222,14 +222,17 @@ def throughput_figure(runs: Runs) -> Figure:
         axes.barh(place, middle, color=color, xerr=[[middle - low], [high - middle]], label=label)
     axes.set_yticks(range(len(runs)), list(runs))
     axes.invert_yaxis()
-    axes.set(title="Throughput: median step, and the middle half", xlabel="tokens per second")
+    axes.set(
+        title="Throughput with all that a record takes (overhead has the cost alone): median step, and the middle half",
+        xlabel="tokens per second",
+    )
     return figure
 
 
 def tokens_per_second(records: Sequence[StepRecord]) -> list[float]:
     """Of every step."""
-    before = [0, *(r.tokens for r in records)]
-    return [1e3 * (r.tokens - last) / r.ms for r, last in zip(records, before, strict=False)]
+    pairs = pairwise(records) if len(records) > 1 else [(records[0], records[0])]
+    return [1e3 * (after.tokens - before.tokens) / after.ms for before, after in pairs]
 
 
 FIGURES: dict[str, Draw] = {

@@ -32,8 +32,8 @@ def loss_panel(axes: Axes, runs: Mapping[str, Sequence[StepRecord]]) -> None:
     axes.set(
         title=f"Training loss on clean batches (thin: every step; bold: mean of {SMOOTH})",
         xlabel="step",
-        ylabel="loss (nats per token)",
-        xlim=(0, max(len(records) for records in runs.values()) + 1),
+        ylabel="loss (nats)",
+        xlim=step_range(runs.values()),
     )
     axes.legend(frameon=False, ncols=len(runs) + 1)
 
@@ -48,7 +48,7 @@ def norm_panel(axes: Axes, label: str, records: Sequence[StepRecord], color: str
         axes.semilogy(steps, thresholds, color="black", linewidth=0.9, label="threshold")
     mark_corrupted(axes, [r.step for r in records if r.corrupted], label=None)
     axes.margins(y=0.2)  # room for the legend
-    axes.set(title=f"{label}: gradient norm", xlabel="step", ylabel="gradient norm (L2)", xlim=(0, len(records) + 1))
+    axes.set(title=f"{label}: gradient norm", xlabel="step", ylabel="gradient norm (L2)", xlim=step_range([records]))
     axes.legend(frameon=False, fontsize=8, loc="upper right")
 
 
@@ -61,6 +61,12 @@ def mark_corrupted(axes: Axes, steps: Sequence[int], label: str | None = "corrup
 def corrupted_steps(runs: Mapping[str, Sequence[StepRecord]]) -> list[int]:
     """The steps at which any run's batch was corrupted."""
     return sorted({r.step for records in runs.values() for r in records if r.corrupted})
+
+
+def step_range(runs: Iterable[Sequence[StepRecord]]) -> tuple[int, int]:
+    """The steps that some runs have, with one to spare on each side."""
+    steps = [r.step for records in runs for r in (records[0], records[-1])]
+    return min(steps) - 1, max(steps) + 1
 
 
 def plottable(values: Iterable[float]) -> list[float]:

@@ -33,9 +33,11 @@ def read_records(path: Path) -> list[StepRecord]:
         UserError: there is no such file, it is empty, or a line is not such a record.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text().splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # a step that was being written when the run was stopped
     if not lines:
         raise UserError(f"{path}: no steps in it")
     records = []

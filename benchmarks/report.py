@@ -79,12 +79,14 @@ def final_loss(records: Sequence[StepRecord]) -> float:
 
 
 def steps_to_loss(records: Sequence[StepRecord], target: float) -> float:
-    """The first step at which the mean of the last FINAL clean losses is at most `target`; NaN if none is."""
+    """From which step on the mean of the last FINAL clean losses stays at or below `target`; NaN if it ends above."""
     clean = [r for r in records if r.corrupted is None]
-    for end in range(FINAL, len(clean) + 1):
-        if statistics.fmean(r.loss for r in clean[end - FINAL : end]) <= target:
-            return clean[end - 1].step
-    return math.nan
+    reached = math.nan
+    for end in range(len(clean), FINAL - 1, -1):
+        if not statistics.fmean(r.loss for r in clean[end - FINAL : end]) <= target:
+            break
+        reached = clean[end - 1].step
+    return reached
 
 
 def worst(losses: Sequence[float]) -> float:
@@ -162,7 +164,13 @@ def heading(name: str, seeds: Iterable[int], *packages: str) -> dict[str, object
 
 def machine() -> dict[str, str | int | None]:
     """What the run ran on."""
-    return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system()}
+    found = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def cpu_name() -> str:

@@ -187,13 +187,17 @@ class Run:
     def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Leaves the batch's mean gradient, micro-batch by micro-batch; returns its mean loss."""
         self.stepper.optimizer.zero_grad()
-        size = self.config.shape.micro_batch or len(inputs)
         total = torch.zeros((), device=self.device)
-        for some_inputs, some_targets in zip(inputs.split(size), targets.split(size), strict=True):
-            loss = self._loss(some_inputs, some_targets) * (len(some_inputs) / len(inputs))
+        for loss in self._micro_losses(inputs, targets):
             loss.backward()
             total += loss.detach()
         return total
+
+    def _micro_losses(self, inputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
+        """What each micro-batch adds to the batch's mean loss."""
+        size = self.config.shape.micro_batch or len(inputs)
+        for some_inputs, some_targets in zip(inputs.split(size), targets.split(size), strict=True):
+            yield self._loss(some_inputs, some_targets) * (len(some_inputs) / len(inputs))
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.shape.bf16):
@@ -204,5 +208,8 @@ class Run:
     def held_out_loss(self) -> float:
         """Mean loss, in nats per token, on the held-out data, whole on every process."""
         batches = self.batches.held_out(min(self.config.held_out_batches, self.config.steps))
-        losses = [self._loss(inputs.to(self.device), targets.to(self.device)).item() for inputs, targets in batches]
+        losses = [
+            math.fsum(loss.item() for loss in self._micro_losses(inputs.to(self.device), targets.to(self.device)))
+            for inputs, targets in batches
+        ]
         return math.fsum(losses) / len(losses)

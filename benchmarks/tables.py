@@ -15,9 +15,9 @@ from benchmarks.methods import METHODS
 from benchmarks.presets import PRESETS
 from benchmarks.report import markdown
 
-STEPS, BATCH = 500, 8  # of a run on text
+BATCH = {"nano": 8}  # examples per step, where not the preset's: more steps in the same time
 EPISODES, CARTPOLE_LR = 1_000, 1e-2
-RATES = (1 / 8, 1 / 2, 1, 4, 16, 64, 512)  # in units of the preset's learning rate
+RATES = (1 / 8, 1 / 2, 1, 4, 64, 512, 2048)  # in units of the preset's learning rate
 ABLATION_RATE = 1  # in the same units
 EXTREME_RATES = RATES[-3:]
 
@@ -42,7 +42,7 @@ class Row:
     rate: float = ABLATION_RATE
     options: tuple[tuple[str, float], ...] = ()
     architecture: str = "llama"
-    batch: int = BATCH
+    batch: int | None = None  # examples per step, whatever the preset
     paper: tuple[str, ...] = ()  # what the paper has for it, in the order of the table's `paper`
 
     def cell(self, size: Size, condition: str, seed: int) -> Cell:
@@ -50,14 +50,15 @@ class Row:
         if self.architecture == CARTPOLE:
             steps = size.steps or EPISODES
             return Cell(CARTPOLE, self.method, CARTPOLE_LR, seed, condition, steps, 1, self.options, size.preset)
+        preset = PRESETS[size.preset]
         return Cell(
             architecture=self.architecture,
             method=self.method,
-            lr=float(f"{self.rate * PRESETS[size.preset].lr:.6g}"),
+            lr=float(f"{self.rate * preset.lr:.6g}"),
             seed=seed,
             condition=condition,
-            steps=size.steps or STEPS,
-            batch=size.batch or self.batch,
+            steps=size.steps or preset.steps,
+            batch=size.batch or self.batch or BATCH.get(size.preset, preset.batch),
             options=self.options,
             preset=size.preset,
         )
@@ -65,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of each run, shown as its mean over the seeds in which it is finite, and their standard deviation."""
+    """A figure of each run, shown as its mean over the runs that have it and did not diverge, and their deviation."""
 
     title: str
     key: str  # in a cell's outcome
@@ -91,14 +92,14 @@ class Count:
         return f"{sum(map(bool, values))} of {len(values)}"
 
 
-LOSS = Column("validation loss", "held_out_loss")
-WORST = Column("worst loss", "worst_loss", "{:.2f}")
-SPIKES = Column("spikes", "loss_spikes", "{:.1f}")
 CLIPPED = Column("clipped", "clipped_share", "{:.1%}")
-REACHED = Column("steps to fixed's final loss", "steps_to_fixed", "{:.0f}")
-DIVERGED = Count("diverged", "diverged")
-LANGUAGE = (LOSS, WORST, SPIKES, CLIPPED, DIVERGED)
-WITH_FIXED = (*LANGUAGE, REACHED)  # only for tables in which fixed clipping has a row
+LANGUAGE = (
+    Column("training loss", "final_loss"),
+    Column("validation loss", "held_out_loss"),
+    Column("spikes", "loss_spikes", "{:.1f}"),
+    CLIPPED,
+    Count("diverged", "diverged"),
+)
 CONDITIONS = (CLEAN, BAD_SHARD)
 
 
@@ -152,15 +153,13 @@ TABLES = {
             "lr",
             "Learning rates (paper: Table 2)",
             by_rate(("fixed", "zclip_optim"), RATES, paper.RATES),
-            WITH_FIXED,
-            paper.RATE_COLUMNS,
+            paper=paper.RATE_COLUMNS,
         ),
         Table(
             "methods",
             "Methods (paper: Table 3)",
             tuple(Row(METHODS[name].label, name, paper=paper.METHODS.get(name, ())) for name in ALL),
-            WITH_FIXED,
-            paper.COLUMNS,
+            paper=paper.TEST_COLUMNS,
         ),
         Table(
             "options",
@@ -169,11 +168,16 @@ TABLES = {
                 Row(METHODS[name].options.get("clip_option", "reciprocal"), name, paper=figures)
                 for name, figures in paper.OPTIONS.items()
             ),
-            paper=paper.COLUMNS,
+            paper=paper.TEST_COLUMNS,
         ),
-        Table("z_thresh", "Threshold (paper: Table 6)", by_option("z_thresh", paper.Z_THRESH), paper=paper.COLUMNS),
         Table(
-            "alpha", "Decay of the statistics (paper: Table 7)", by_option("alpha", paper.ALPHA), paper=paper.COLUMNS
+            "z_thresh", "Threshold (paper: Table 6)", by_option("z_thresh", paper.Z_THRESH), paper=paper.TRAIN_COLUMNS
+        ),
+        Table(
+            "alpha",
+            "Decay of the statistics (paper: Table 7)",
+            by_option("alpha", paper.ALPHA),
+            paper=paper.TRAIN_COLUMNS,
         ),
         Table("extreme", "Rates where norms stay high", by_rate(("paper", "zclip_optim"), EXTREME_RATES)),
         Table(
@@ -181,7 +185,7 @@ TABLES = {
             "Other architectures",
             tuple(
                 Row(f"{label}, {METHODS[method].label}", method, architecture=architecture, batch=batch)
-                for architecture, label, batch in (("gpt2", "GPT-2", BATCH), ("vit", "ViT", 32))
+                for architecture, label, batch in (("gpt2", "GPT-2", None), ("vit", "ViT", 32))
                 for method in COMPARED
             ),
         ),
@@ -209,13 +213,14 @@ def summarize_rows(
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row, condition, cell in table.cells(size, seeds):
         entry = rows.setdefault((cell_label(row, cell), condition), new_entry(table, row, condition, cell))
-        entry["cells"].append(cell.name)
         figures = outcome(cell)
+        entry["cells"].append(cell.name)
+        entry["counted"].append(not figures.get("diverged", False))
         for column in table.columns:
             entry["values"][column.key].append(figures[column.key])
     for entry in rows.values():
-        entry["mean"] = {key: over_finite(statistics.fmean, values) for key, values in entry["values"].items()}
-        entry["std"] = {key: over_finite(spread, values) for key, values in entry["values"].items()}
+        entry["mean"] = {column.key: over_finite(statistics.fmean, counted(entry, column)) for column in table.columns}
+        entry["std"] = {column.key: over_finite(spread, counted(entry, column)) for column in table.columns}
     return list(rows.values())
 
 
@@ -232,6 +237,7 @@ def new_entry(table: Table, row: Row, condition: str, cell: Cell) -> dict[str, A
         "batch": cell.batch,
         "paper": dict(zip(table.paper, row.paper, strict=False)),
         "cells": [],
+        "counted": [],  # whether the run did not diverge
         "values": {column.key: [] for column in table.columns},
     }
 
@@ -258,7 +264,7 @@ def format_rows(table: Table, rows: Sequence[Mapping[str, Any]]) -> str:
     for condition in table.conditions:
         lines = [
             {table.name: entry["row"]}
-            | {column.title: column.show(numbers(entry["values"][column.key])) for column in table.columns}
+            | {column.title: column.show(counted(entry, column)) for column in table.columns}
             | {f"paper: {title}": entry["paper"].get(title, "-") for title in table.paper if condition == CLEAN}
             for entry in rows
             if entry["condition"] == condition
@@ -267,6 +273,8 @@ def format_rows(table: Table, rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(sections)
 
 
-def numbers(values: Sequence[float | None]) -> list[float]:
-    """The values with NaN for what JSON has as null."""
-    return [math.nan if value is None else value for value in values]
+def counted(entry: Mapping[str, Any], column: Column | Count) -> list[float]:
+    """The values of a row that its column is about: NaN for a run that diverged and for what JSON has as null."""
+    pairs = zip(entry["values"][column.key], entry["counted"], strict=True)
+    everything = isinstance(column, Count)
+    return [value if value is not None and (everything or counts) else math.nan for value, counts in pairs]

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         training = Run(method, config, batches, device, STRATEGIES[args.strategy])
         if args.resume is not None:
             checkpoint.load(training, args.resume)
-        records = read_before(args.out / "train.jsonl", training.taken) if rank_and_count()[0] == 0 else []
+        records = records_before(training, args.out) if rank_and_count()[0] == 0 else []
         train(training, records, args)
         finish(training, records, args.out)
         del training  # DDP's model must not outlive the process group
@@ -113,17 +113,23 @@ def method_of(args: argparse.Namespace) -> Method:
     if not method.ours and args.strategy != "none":
         raise UserError(f"--method {args.method} is for one process; --strategy {args.strategy} takes zclip_optim's")
     try:
-        ZClip(**dict(args.option))
+        method = method.with_options(dict(args.option))
+        ZClip(**method.options)
     except (TypeError, ValueError) as error:
         raise UserError(f"--option: {error}") from error
-    return method.with_options(dict(args.option))
+    return method
 
 
-def read_before(path: Path, taken: int) -> list[StepRecord]:
-    """The steps up to `taken` that an earlier part of this run has left; later ones are about to be taken again."""
-    if not taken or not path.exists():
+def records_before(training: Run, out: Path) -> list[StepRecord]:
+    """The steps up to the checkpoint that this run's earlier part has left in `out`; later ones will be taken again."""
+    path = out / "train.jsonl"
+    if not training.taken or not path.exists():
         return []
-    return [record for record in read_records(path) if record.step <= taken]
+    records = [record for record in read_records(path) if record.step <= training.taken]
+    last = range(training.taken + 1 - len(records), training.taken + 1)
+    if [(r.method, r.step) for r in records] != [(training.method.name, step) for step in last]:
+        raise UserError(f"--out {out}: its train.jsonl is of another run; choose another folder")
+    return records
 
 
 def train(training: Run, records: list[StepRecord], args: argparse.Namespace) -> None:
@@ -139,6 +145,8 @@ def train(training: Run, records: list[StepRecord], args: argparse.Namespace) ->
                     checkpoint.save(training, args.out / f"step-{training.taken}")
         except NonFiniteGradientError as error:
             say(f"ended after step {training.taken}: {error}")
+    if training.taken < steps:
+        say(f"diverged: {training.taken} of {steps} steps taken")
 
 
 @contextmanager

@@ -3,13 +3,24 @@
 import json
 import math
 import random
+import re
 import sys
 from dataclasses import replace
 
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.figures import FIGURES, labelled, normality_table, samples, shapiro_wilk, tokens_figure, tokens_to_loss
+from benchmarks.figures import (
+    FIGURES,
+    labelled,
+    loss_figure,
+    normality_table,
+    samples,
+    shapiro_wilk,
+    tokens_figure,
+    tokens_per_second,
+    tokens_to_loss,
+)
 from benchmarks.records import read_records, write_records
 from benchmarks.run import StepRecord
 
@@ -80,8 +91,21 @@ def test_tokens_to_the_baselines_loss():
     assert legend[0] == "final loss of slow"
     assert legend[3] == "never: not reached"
     reached = tokens_to_loss(runs["fast"], 2.03)
-    assert legend[2].startswith("fast: ")
+    assert re.fullmatch(r"fast: [\d,]+ tokens", legend[2])
     assert reached < 120 * 512
+
+
+def test_a_resumed_run_is_drawn_where_its_steps_are(tmp_path):
+    (axes,) = loss_figure({"resumed": run_of()[60:]}).axes
+    assert axes.get_xlim() == (60, 121)
+    assert tokens_per_second(run_of()[60:]) == [pytest.approx(512 / 0.02)] * 59
+
+
+def test_a_line_that_was_never_finished_is_left_out(tmp_path):
+    write_records(tmp_path / "run.jsonl", run_of(steps=3))
+    with (tmp_path / "run.jsonl").open("a") as lines:
+        lines.write('{"method": "zcl')
+    assert len(read_records(tmp_path / "run.jsonl")) == 3
 
 
 def test_normality():
@@ -100,6 +124,7 @@ def test_normality():
         ("", [], "no steps in it"),
         ("{}\n", [], "line 1: not a step of a run"),
         ("no json\n", [], "line 1: not a step of a run"),
+        ("{", [], "no steps in it"),
         ('{"step": 1}\n', ["--labels", "a", "b"], "--labels: 2 for 1 runs"),
     ],
 )

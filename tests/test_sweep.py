@@ -18,7 +18,7 @@ from benchmarks.presets import PRESETS
 from benchmarks.records import read_records
 from benchmarks.report import FINAL, steps_to_loss
 from benchmarks.run import Run, StepRecord, TrainConfig
-from benchmarks.tables import ABLATION_RATE, RATES, TABLES, Column, Size, cell_label
+from benchmarks.tables import ABLATION_RATE, RATES, TABLES, Column, Count, Size, cell_label, counted
 from zclip_optim import ZClip
 
 CELL = Cell("vit", "zclip_optim", lr=1e-3, seed=0, condition="bad shard", steps=30, batch=8)
@@ -102,11 +102,12 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_a_cell_can_be_run_again(tmp_pa
     assert {"name", "command", "machine", "versions", "seeds", "rows"} <= first.keys()
     ended, again = first["rows"][0]["cells"][0], first["rows"][2]["cells"][0]
     path = tmp_path / "cells" / f"{ended}.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"held_out_loss": 7.0}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"held_out_loss": 7.0, "diverged": False}))
     (tmp_path / "cells" / f"{again}.json").unlink()
     sweep(monkeypatch, *size)
     second = json.loads((tmp_path / "options.json").read_text())
     assert second["rows"][0]["mean"]["held_out_loss"] == 7.0
+    assert second["rows"][2]["mean"]["held_out_loss"] is None  # nothing is learned in three steps
     assert second["rows"][2] == first["rows"][2]
     assert "| max " in capsys.readouterr().out
 
@@ -146,9 +147,19 @@ def test_a_column_is_the_mean_of_what_is_finite():
     assert column.show([math.nan]) == "-"
 
 
+def test_what_diverged_is_counted_apart():
+    column = Column("loss", "loss", "{:.1f}")
+    entry = {"values": {"loss": [1.0, 97.0, None], "diverged": [False, True, True]}, "counted": [True, False, False]}
+    assert column.show(counted(entry, column)) == "1.0 ± 0.0 (1 of 3)"
+    count = Count("diverged", "diverged")
+    assert count.show(counted(entry, count)) == "2 of 3"
+
+
 def test_steps_to_loss():
-    losses = [3.0] * FINAL + [1.0] * FINAL
-    records = [record(i, loss) for i, loss in enumerate(losses, start=1)]
+    losses = [0.0] * FINAL + [3.0] * FINAL + [1.0] * FINAL
+    records = [record(i, loss) for i, loss in enumerate(losses, start=1 - FINAL)]  # what was before does not count
+    assert steps_to_loss(records, 2.0) == FINAL + FINAL // 2
+    records = records[FINAL:]
     assert steps_to_loss(records, 2.0) == FINAL + FINAL // 2
     assert math.isnan(steps_to_loss(records, 0.5))
     records[FINAL] = record(FINAL + 1, 1.0, corrupted="zeros")

@@ -88,14 +88,17 @@ def test_every_strategy_goes_on_from_a_sharded_checkpoint(tmp_path, text):
 
 @pytest.mark.parametrize("method", ["zclip_optim", "published", "autoclip", "adagc", "none"])
 def test_a_resumed_run_takes_the_same_steps(method, tmp_path, text, monkeypatch):
-    size = ("--method", method, "--steps", 6, "--batch", 2, "--save-every", 3, "--data", text)
+    """The bad shard's burst comes after the checkpoint and after the 25 norms that the clippers collect."""
+    size = ("--method", method, "--steps", 50, "--batch", 2, "--save-every", 25, "--bad-shard", "--data", text)
     train_here(monkeypatch, *size, "--out", tmp_path)
     whole = steps(tmp_path)
-    train_here(monkeypatch, *size, "--out", tmp_path, "--resume", tmp_path / "step-3")
+    train_here(monkeypatch, *size, "--out", tmp_path, "--resume", tmp_path / "step-25")
     resumed = steps(tmp_path)
     assert {step: without_time(record) for step, record in resumed.items()} == {
         step: without_time(record) for step, record in whole.items()
     }
+    if method not in ("none", "adagc"):
+        assert any(record["clipped"] for step, record in whole.items() if step > 30)
 
 
 def test_a_run_writes_its_result_and_an_event_file(tmp_path, text, monkeypatch):
@@ -130,6 +133,7 @@ def test_wrong_use_is_one_line(tmp_path):
         (["--architecture", "vit", "--data", "{text}"], "--data is for text"),
         (["--resume", "{saved}", "--lr", "0.5"], "saved with lr 0.002, not 0.5"),
         (["--resume", "{saved}", "--method", "none"], "saved with method"),
+        (["--resume", "{saved}", "--steps", "2"], "saved with steps 1, not 2"),
     ],
 )
 def test_wrong_options_are_one_line(args, complaint, tmp_path, text, monkeypatch, capsys):
@@ -144,6 +148,16 @@ def test_wrong_options_are_one_line(args, complaint, tmp_path, text, monkeypatch
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert complaint in line
+
+
+def test_a_resumed_run_does_not_go_on_in_the_file_of_another(tmp_path, text, monkeypatch, capsys):
+    size = ("--steps", 2, "--batch", 1, "--save-every", 1, "--data", text)
+    train_here(monkeypatch, *size, "--out", tmp_path / "one")
+    train_here(monkeypatch, *size, "--out", tmp_path / "other", "--method", "none")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, *size, "--out", tmp_path / "other", "--resume", tmp_path / "one" / "step-1")
+    assert "its train.jsonl is of another run" in capsys.readouterr().err
 
 
 def test_the_papers_model_has_its_parameters():
