@@ -32,8 +32,8 @@ from benchmarks.report import SPIKE_DEFINITION, heading, strict_json, write_json
 from benchmarks.tables import TABLES, Size, Table, format_rows, summarize_rows
 
 NOTES = (
-    "each figure: mean ± standard deviation over the seeds that did not diverge; losses in nats per byte (ViT: per image), "
-    "of clean batches only; training loss: of the last 50; clipped: share of the steps, '-' for a method that "
+    "each figure: mean ± standard deviation over the seeds that did not diverge; losses in nats per byte (ViT: per "
+    "image), of clean batches only; training loss: of the last 50; clipped: share of the steps, '-' for a method that "
     "does not tell",
     "diverged: ended early by losses or gradients that stayed non-finite, or with a validation loss not below that of "
     "a model that knows only how often each byte (each digit) occurs",
