@@ -105,7 +105,8 @@ class ZClipped(Stepper):
         """Steps, and reads the metrics."""
         self.optimizer.step()
         m = self.optimizer.metrics
-        return Clipping(m.grad_norm, m.clipped_norm, m.threshold, m.clipped, m.skipped, m.z_score, m.mean, m.std)
+        clipped = m.clip_coef < 1  # by max_grad_norm too
+        return Clipping(m.grad_norm, m.clipped_norm, m.threshold, clipped, m.skipped, m.z_score, m.mean, m.std)
 
 
 class PublishedZClip(Stepper):
@@ -206,5 +207,6 @@ METHODS = {
         Method("mean", "zclip_optim, mean", ZClipped, {"clip_option": "mean"}),
         Method("max", "zclip_optim, max", ZClipped, {"clip_option": "max"}),
         Method("paper", "patience=None", ZClipped, {"patience": None}),
+        Method("capped", "max_grad_norm=1.0", ZClipped, {"max_grad_norm": 1.0}),
     )
 }

@@ -124,13 +124,13 @@ class Table:
 
 
 def by_rate(
-    methods: Sequence[str], rates: Sequence[float], published: Sequence[tuple[str, ...]] = ()
+    methods: Sequence[str], rates: Sequence[float], published: Sequence[Mapping[str, tuple[str, ...]]] = ()
 ) -> tuple[Row, ...]:
-    """Every method at every rate."""
-    pairs = [(rate, method) for rate in rates for method in methods]
+    """Every method at every rate, with what the paper has for its rates, in order."""
     return tuple(
-        Row(f"{{lr:g}}, {METHODS[method].label}", method, rate=rate, paper=figures)
-        for (rate, method), figures in zip_longest(pairs, published, fillvalue=())
+        Row(f"{{lr:g}}, {METHODS[method].label}", method, rate=rate, paper=figures.get(method, ()))
+        for rate, figures in zip_longest(rates, published, fillvalue={})
+        for method in methods
     )
 
 
@@ -144,7 +144,7 @@ def by_option(option: str, published: Mapping[float, tuple[str, ...]]) -> tuple[
 
 
 COMPARED = ("none", "fixed", "zclip_optim")
-ALL = ("none", "fixed", "autoclip", "adagc", "published", "paper", "zclip_optim")
+ALL = ("none", "fixed", "autoclip", "adagc", "published", "paper", "zclip_optim", "capped")
 
 TABLES = {
     table.name: table
@@ -152,7 +152,7 @@ TABLES = {
         Table(
             "lr",
             "Learning rates (paper: Table 2)",
-            by_rate(("fixed", "zclip_optim"), RATES, paper.RATES),
+            by_rate(("fixed", "zclip_optim", "capped"), RATES, paper.RATES),
             paper=paper.RATE_COLUMNS,
         ),
         Table(

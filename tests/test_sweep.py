@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from benchmarks.presets import PRESETS
 from benchmarks.records import read_records
 from benchmarks.report import FINAL, steps_to_loss
 from benchmarks.run import Run, StepRecord, TrainConfig
-from benchmarks.tables import ABLATION_RATE, RATES, TABLES, Column, Count, Size, cell_label, counted
+from benchmarks.tables import ABLATION_RATE, RATES, TABLES, Column, Count, Size, cell_label, counted, format_rows
 from zclip_optim import ZClip
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 CELL = Cell("vit", "zclip_optim", lr=1e-3, seed=0, condition="bad shard", steps=30, batch=8)
 
 
@@ -44,6 +46,14 @@ def test_the_tables_are_the_issue_s():
     ]  # fmt: skip
     assert ZClip().config.z_thresh == 2.5
     assert ZClip().config.alpha == 0.97
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_readme_has_the_published_results(name):
+    result = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
+    assert {"name", "command", "machine", "versions", "seeds", "rows"} <= result.keys()
+    assert len(result["seeds"]) >= 3
+    assert format_rows(TABLES[name], result["rows"]) in (BENCHMARKS / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -92,6 +102,13 @@ def test_what_has_not_learned_has_diverged(tmp_path):
 
 def test_a_method_that_does_not_tell_has_no_share_of_clipped_steps(tmp_path):
     assert math.isnan(run_cell(replace(CELL, method="adagc", steps=3), tmp_path)["clipped_share"])
+
+
+def test_a_step_that_the_cap_alone_has_clipped_counts_as_clipped(tmp_path):
+    cell = replace(CELL, method="capped", condition="clean", steps=20)
+    outcome = run_cell(cell, tmp_path)
+    above = [r.grad_norm > 1.0 for r in read_records(tmp_path / f"{cell.name}.jsonl")]
+    assert outcome["clipped_share"] == sum(above) / 20 > 0  # the warm-up of 25 steps has nothing but the cap
 
 
 def test_a_sweep_goes_on_where_it_was_stopped_and_a_cell_can_be_run_again(tmp_path, monkeypatch, capsys):
