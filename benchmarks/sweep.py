@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -131,7 +132,7 @@ def run_cells(name: str, cells: Sequence[Cell], args: argparse.Namespace) -> Non
         tqdm(
             total=len(cells), initial=len(cells) - len(left), desc=name, unit="cell", mininterval=progress_interval()
         ) as progress,
-        ProcessPoolExecutor(args.workers, context, torch.set_num_threads, (THREADS,)) as pool,
+        ProcessPoolExecutor(args.workers, context, prepare_worker) as pool,
     ):
         try:
             futures = [pool.submit(run_cell, cell, folder, args.data) for cell in left]
@@ -141,8 +142,16 @@ def run_cells(name: str, cells: Sequence[Cell], args: argparse.Namespace) -> Non
                 progress.update()
         except BrokenProcessPool as error:
             raise UserError("a process that ran a cell was killed; the same command goes on from there") from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()  # an unfinished cell leaves nothing that counts
+            raise
+
+
+def prepare_worker() -> None:
+    """One thread; an interrupt is the parent's business."""
+    torch.set_num_threads(THREADS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def load_finished(cell: Cell, folder: Path) -> dict[str, Any]:

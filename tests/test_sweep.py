@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +134,44 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_a_cell_can_be_run_again(tmp_pa
     sweep(monkeypatch, *size, "--cell", again)
     printed = json.loads(capsys.readouterr().out)
     assert printed["held_out_loss"] == first["rows"][2]["values"]["held_out_loss"][0]
+
+
+def test_an_interrupt_ends_a_sweep_at_once(tmp_path):
+    """Ctrl-C reaches the whole process group."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", "sweep", "options", "--workers", "1", "--out", str(tmp_path)],
+        cwd=BENCHMARKS.parent,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr.read(1)  # the progress bar, which comes before the cells
+    os.killpg(process.pid, signal.SIGINT)
+    _, complaint = process.communicate(timeout=20)  # a cell takes longer
+    assert process.returncode == 130
+    assert complaint.endswith("benchmarks: interrupted\n")
+    assert not list((tmp_path / "cells").glob("*.jsonl"))
+
+
+def killed(cell, folder, paths):
+    os._exit(9)
+
+
+def test_a_killed_worker_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.sweep.run_cell", killed)
+    with pytest.raises(SystemExit):
+        sweep(monkeypatch, "options", "--workers", 1, "--out", tmp_path)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == ("benchmarks: error: a process that ran a cell was killed; the same command goes on from there")
+
+
+def test_cells_of_other_data_are_not_taken(tmp_path, monkeypatch, capsys):
+    sweep(monkeypatch, "rl", "--steps", 1, "--seeds", 1, "--out", tmp_path)
+    (tmp_path / "text.txt").write_text("to be or not to be " * 200)
+    with pytest.raises(SystemExit):
+        sweep(monkeypatch, "methods", "--data", tmp_path / "text.txt", "--out", tmp_path)
+    assert "choose another --out" in capsys.readouterr().err
 
 
 def test_the_other_tasks_in_short(tmp_path, monkeypatch):
