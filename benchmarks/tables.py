@@ -14,6 +14,7 @@ from benchmarks.cells import BAD_SHARD, CARTPOLE, CLEAN, Cell
 from benchmarks.methods import METHODS
 from benchmarks.presets import PRESETS
 from benchmarks.report import markdown
+from zclip_optim import ZClip
 
 BATCH = {"nano": 8}  # examples per step, where not the preset's: more steps in the same time
 EPISODES, CARTPOLE_LR = 1_000, 1e-2
@@ -136,7 +137,7 @@ def by_rate(
 
 def by_option(option: str, published: Mapping[float, tuple[str, ...]]) -> tuple[Row, ...]:
     """zclip_optim with each value of an option; its default is the run without it, which other tables share."""
-    default = {"z_thresh": 2.5, "alpha": 0.97}[option]
+    default = getattr(ZClip().config, option)
     return tuple(
         Row(f"{option}={value:g}", "zclip_optim", options=() if value == default else ((option, value),), paper=figures)
         for value, figures in published.items()
