@@ -270,7 +270,8 @@ def format_rows(table: Table, rows: Sequence[Mapping[str, Any]]) -> str:
             for entry in rows
             if entry["condition"] == condition
         ]
-        sections.append(f"{condition.capitalize()}:\n\n{markdown(lines)}")
+        heading = f"{condition.capitalize()}:\n\n" if len(table.conditions) > 1 else ""
+        sections.append(heading + markdown(lines))
     return "\n\n".join(sections)
 
 
