@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks.options import add_out_option, positive_int, prepare_folder
 from benchmarks.progress import progress_interval
 from benchmarks.report import heading, markdown, write_json
-from zclip_optim.zclip import NormStats, ZClipConfig, decide
+from zclip_optim.algorithm import NormStats, ZClipConfig, decide
 
 NOISE = 0.05  # standard deviation of the norm, in units of its mean
 BEFORE = 200  # steps before the level shifts

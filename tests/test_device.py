@@ -16,11 +16,14 @@ from test_zclip import OPTIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import backward, make_model, parameters, set_gradients, train
 
+import zclip_optim.algorithm
 import zclip_optim.clipper
-from zclip_optim import NonFiniteGradientError, ZClip, ZClipOptimizer, ZClipWarning
-from zclip_optim import device as device_module
-from zclip_optim.device import DeviceState
-from zclip_optim.gradients import SMALL, device_norm, gradient_norm, scale_gradients_
+import zclip_optim.gradients
+from zclip_optim import NonFiniteGradientError, ZClip, ZClipOptimizer, ZClipWarning, running
+from zclip_optim.fused import Kernels
+from zclip_optim.gradients import scale_gradients_
+from zclip_optim.norm import SMALL, device_norm, gradient_norm
+from zclip_optim.running import DeviceState
 
 READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
 CPU = torch.device("cpu")
@@ -29,7 +32,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def on_device(monkeypatch):
     """CPU tensors are taken for an accelerator's."""
-    monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: True)
+    monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: True)
 
 
 class CountReads(TorchDispatchMode):
@@ -85,7 +88,7 @@ def sgd(params):
 def test_every_step_is_that_of_the_host_and_of_the_oracle(options, nonfinite, monkeypatch):
     norms = make_steps()
     on_host, at_the_end = run(sgd, norms, torch.float64, nonfinite=nonfinite, **options)
-    monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: True)
+    monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: True)
     metrics, parameters = run(sgd, norms, torch.float64, nonfinite=nonfinite, **options)
     oracle = ReferenceZClip(**{k: "adaptive_scaling" if v == "reciprocal" else v for k, v in options.items()})
     for ours, host in zip(metrics, on_host, strict=True):
@@ -131,20 +134,21 @@ def test_a_device_that_nothing_can_be_read_from(scope):
         for p in params:
             p.grad = torch.empty_like(p)
         optimizer.step()
-    assert optimizer.clipper._device_state.values.device.type == "meta"
+    assert optimizer.clipper._state.values.device.type == "meta"
     with pytest.raises((NotImplementedError, RuntimeError)):
         _ = optimizer.metrics
 
 
 def test_metrics_are_transferred_once_per_step_and_only_if_read(on_device, monkeypatch):
     transfers = []
-    read = DeviceState.read
-    monkeypatch.setattr(DeviceState, "read", lambda state: transfers.append(1) or read(state))
+    transferred = DeviceState._transferred
+    monkeypatch.setattr(DeviceState, "_transferred", lambda state: transfers.append(1) or transferred(state))
     p = torch.nn.Parameter(torch.randn(5))
     optimizer = ZClipOptimizer(FUSED["AdamW"]([p]))
     for norm in (1.0, 1.1, 1.2):
         set_gradients([p], norm)
         optimizer.step()
+    assert "AdamW" in repr(optimizer)
     assert not transfers
     assert optimizer.metrics == optimizer.metrics
     assert not optimizer.step_was_skipped
@@ -158,7 +162,7 @@ def test_metrics_are_transferred_once_per_step_and_only_if_read(on_device, monke
 
 @pytest.mark.parametrize("rollback", [False, True])
 def test_a_captured_step_is_read_anew_every_time(rollback, on_device, monkeypatch):
-    monkeypatch.setattr(device_module, "_is_capturing", lambda values: True)
+    monkeypatch.setattr(running, "_is_capturing", lambda values: True)
     p = torch.nn.Parameter(torch.randn(5))
     optimizer = ZClipOptimizer(FUSED["AdamW"]([p]))
     set_gradients([p], 1.0)
@@ -166,7 +170,7 @@ def test_a_captured_step_is_read_anew_every_time(rollback, on_device, monkeypatc
     assert optimizer.metrics.step == 1
     if rollback:
         optimizer.load_state_dict(optimizer.state_dict())
-    state = optimizer.clipper._device_state
+    state = optimizer.clipper._state
     state.step(torch.ones(1, dtype=torch.float64), optimizer.clipper.config, True)  # a replay: none of our code runs
     assert optimizer.metrics.step == 2
 
@@ -224,7 +228,7 @@ class TestFusedKernels:
     @pytest.mark.parametrize("make_base", FUSED.values(), ids=FUSED.keys())
     def test_scaling_in_the_kernel_is_scaling_before_it(self, make_base, monkeypatch):
         _, at_the_end = run(make_base, NORMS, warmup_steps=3)
-        monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: True)
+        monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: True)
         metrics, folded = run(make_base, NORMS, warmup_steps=3)
         assert sum(m.clipped for m in metrics) > 3
         torch.testing.assert_close(folded, at_the_end, rtol=1e-5, atol=1e-6)
@@ -288,19 +292,20 @@ class TestFusedKernels:
             return torch.stack([p.detach(), q.detach()])
 
         on_host = after_a_spike()
-        monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: True)
+        monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: True)
         torch.testing.assert_close(after_a_spike(), on_host)
 
     def test_exact_types_only(self, on_device):
         class Own(torch.optim.AdamW):
-            pass
+            def step(self):
+                assert "grad_scale" not in vars(self)
+                super().step()
 
         p = torch.nn.Parameter(torch.randn(50))
         optimizer = ZClipOptimizer(Own([p], fused=True), warmup_steps=1)
         for norm in (1.0, 30.0):
             set_gradients([p], norm)
             optimizer.step()
-        assert not optimizer.clipper.handed_over
         assert p.grad.norm() == pytest.approx(optimizer.metrics.clipped_norm)
 
     @pytest.mark.parametrize("steps_with_closures", [False, True])
@@ -319,7 +324,7 @@ class TestFusedKernels:
             return optimizer.metrics, scaler.get_scale(), parameters(model)
 
         on_host = run_scaled()
-        monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: True)
+        monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: True)
         metrics, scale, params = run_scaled()
         assert metrics.clipped_steps > 0
         assert scale == on_host[1]
@@ -336,9 +341,12 @@ class TestFusedKernels:
             return optimizer, mode.reads, parameters(model)
 
         at_the_end = run_with_closures()[-1]
-        monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: True)
+        monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: True)
+        told = []
+        scale = Kernels.scale
+        monkeypatch.setattr(Kernels, "scale", lambda kernels, coef: told.append(scale(kernels, coef)) or told[-1])
         optimizer, reads, folded = run_with_closures()
-        assert optimizer.clipper.handed_over
+        assert told == [True] * 30
         assert reads == 0
         assert "grad_scale" not in vars(optimizer.base_optimizer)
         torch.testing.assert_close(folded, at_the_end)
@@ -353,7 +361,7 @@ def test_every_evaluation_of_a_closure_is_clipped(monkeypatch):
         return optimizer.metrics.as_dict(), parameters(model)
 
     metrics, at_the_end = run_lbfgs()
-    monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: True)
+    monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: True)
     on_device_metrics, on_device_end = run_lbfgs()
     assert on_device_metrics == pytest.approx(metrics, rel=1e-4)
     torch.testing.assert_close(on_device_end, at_the_end)
@@ -404,7 +412,7 @@ class TwoEvaluations(torch.optim.SGD):
 
 @pytest.mark.parametrize("stays", [False, True], ids=["host", "device"])
 def test_later_evaluations_that_are_not_finite_count_too(stays, monkeypatch):
-    monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: stays)
+    monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: stays)
     p = torch.nn.Parameter(torch.randn(5))
     optimizer = ZClipOptimizer(TwoEvaluations([p], lr=0.1), max_consecutive_nonfinite=3)
     norms = iter([1.0, math.nan, 1.0, math.nan, 1.0, 1.0, 1.0, math.nan, 1.0, math.nan, 1.0, math.nan])
@@ -418,7 +426,7 @@ def test_later_evaluations_that_are_not_finite_count_too(stays, monkeypatch):
 
 @pytest.mark.parametrize("stays", [False, True], ids=["host", "device"])
 def test_evaluations_of_one_step_count_once(stays, monkeypatch):
-    monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: stays)
+    monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: stays)
     p = torch.nn.Parameter(torch.randn(5))
     clipper = ZClip()
     for norm, new_step in ((1.0, True), (math.nan, False), (math.nan, False), (math.inf, True), (math.nan, False)):
@@ -430,7 +438,7 @@ def test_evaluations_of_one_step_count_once(stays, monkeypatch):
 
 @pytest.mark.parametrize("stays", [False, True], ids=["host", "device"])
 def test_a_streak_survives_a_checkpoint_and_ends_with_a_finite_step(stays, monkeypatch):
-    monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: stays)
+    monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: stays)
 
     def streak_after(optimizer, norms):
         for norm in norms:
@@ -453,7 +461,7 @@ class TestState:
     @pytest.mark.parametrize(("saved_on", "loaded_on"), [(True, False), (False, True), (True, True)])
     def test_a_checkpoint_moves_between_host_and_device(self, saved_on, loaded_on, scope, monkeypatch):
         def stay(on):
-            monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient: on)
+            monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: on)
 
         def make():
             model = make_model()
@@ -479,7 +487,7 @@ class TestState:
         p = torch.nn.Parameter(torch.randn(5))
         optimizer = ZClipOptimizer(sgd([p]))
         for on_device in (True, False, True, True, False, False):
-            monkeypatch.setattr(zclip_optim.clipper, "stays_on_device", lambda gradient, on=on_device: on)
+            monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient, on=on_device: on)
             set_gradients([p], 1.0 + on_device)
             optimizer.step()
         assert optimizer.metrics.step == 6
@@ -490,10 +498,10 @@ class TestState:
         optimizer = ZClipOptimizer(sgd([p]))
         set_gradients([p], 1.0)
         optimizer.step()
-        state = optimizer.clipper._device_state
+        state = optimizer.clipper._state
         p.grad = None
         optimizer.step()
-        assert optimizer.clipper._device_state is state
+        assert optimizer.clipper._state is state
         assert (optimizer.metrics.step, optimizer.metrics.grad_norm) == (1, 0.0)
 
     def test_it_keeps_its_place_in_memory(self, on_device):
@@ -501,10 +509,10 @@ class TestState:
         optimizer = ZClipOptimizer(FUSED["AdamW"]([p]))
         set_gradients([p], 1.0)
         optimizer.step()
-        place = optimizer.clipper._device_state.values.data_ptr()
+        place = optimizer.clipper._state.values.data_ptr()
         optimizer.load_state_dict(optimizer.state_dict())
         optimizer.step()
-        assert optimizer.clipper._device_state.values.data_ptr() == place
+        assert optimizer.clipper._state.values.data_ptr() == place
         assert optimizer.metrics.step == 2
 
     def test_a_copy_goes_its_own_way(self, on_device):
@@ -569,20 +577,20 @@ def elements(gradient):
 
 class TestCompiling:
     def test_the_compiled_decision_is_the_eager_one(self):
-        config = zclip_optim.zclip.ZClipConfig(warmup_steps=3)
-        compiled = torch.compile(device_module._advance, fullgraph=True, backend="aot_eager")
-        states = [DeviceState(ZClip()._records, CPU) for _ in range(2)]
+        config = zclip_optim.algorithm.ZClipConfig(warmup_steps=3)
+        compiled = torch.compile(running._advance_in_place, fullgraph=True, backend="aot_eager")
+        states = [DeviceState(ZClip()._state.read(), CPU) for _ in range(2)]
         for norm in NORMS:
             norms = torch.tensor([norm], dtype=torch.float64)
-            eager = device_module._advance(states[0].values, norms, config, True)
+            eager = running._advance_in_place(states[0].values, norms, config, True)
             ours = compiled(states[1].values, norms, config, True)
             torch.testing.assert_close((*ours, states[1].values), (*eager, states[0].values), equal_nan=True)
 
     def test_any_number_of_configurations(self, on_device, monkeypatch):
         compile_ = torch.compile
-        monkeypatch.setattr(device_module, "COMPILED_ON", ("cpu",))
+        monkeypatch.setattr(running, "COMPILED_ON", ("cpu",))
         monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, **options, backend="eager"))
-        device_module._advance_on.cache_clear()
+        running._advance_on.cache_clear()
         p = torch.nn.Parameter(torch.randn(5))
         try:
             for i in range(12):  # more than torch compiles of one function
@@ -591,7 +599,32 @@ class TestCompiling:
                 optimizer.step()
                 assert optimizer.metrics.step == 1
         finally:
-            device_module._advance_on.cache_clear()
+            running._advance_on.cache_clear()
+
+    def test_what_fails_later_is_not_taken_for_a_failure_to_compile(self, on_device, monkeypatch):
+        calls = []
+
+        def compile_(function, **options):
+            def compiled(*args):
+                calls.append(1)
+                if len(calls) > 1:
+                    raise RuntimeError("an illegal memory access was encountered")
+                return function(*args)
+
+            return compiled
+
+        monkeypatch.setattr(running, "COMPILED_ON", ("cpu",))
+        monkeypatch.setattr(torch, "compile", compile_)
+        running._advance_on.cache_clear()
+        p = torch.nn.Parameter(torch.randn(5))
+        optimizer = ZClipOptimizer(sgd([p]))
+        try:
+            set_gradients([p], 1.0)
+            optimizer.step()
+            with pytest.raises(RuntimeError, match="illegal memory access"):
+                optimizer.step()
+        finally:
+            running._advance_on.cache_clear()
 
     def test_where_compiling_fails_it_runs_as_it_is(self, on_device, monkeypatch):
         def cannot_compile(*args, **kwargs):
@@ -600,9 +633,9 @@ class TestCompiling:
 
             return compiled
 
-        monkeypatch.setattr(device_module, "COMPILED_ON", ("cpu",))
+        monkeypatch.setattr(running, "COMPILED_ON", ("cpu",))
         monkeypatch.setattr(torch, "compile", cannot_compile)
-        device_module._advance_on.cache_clear()
+        running._advance_on.cache_clear()
         p = torch.nn.Parameter(torch.randn(5))
         optimizer = ZClipOptimizer(sgd([p]))
         try:
@@ -611,7 +644,7 @@ class TestCompiling:
                 optimizer.step()
             optimizer.step()
         finally:
-            device_module._advance_on.cache_clear()
+            running._advance_on.cache_clear()
         assert optimizer.metrics.step == 2
 
 
@@ -687,9 +720,9 @@ class TestMemory:
         set_gradients(params, 1.0)
         optimizer.step()
         with LiveBytes() as mode:
-            optimizer.clipper.clip_(optimizer.param_groups, optimizer=optimizer.base_optimizer)
+            optimizer.clipper.clip_(optimizer.param_groups, kernels=Kernels(optimizer.base_optimizer))
         assert 0 < mode.peak < 50 * 8 * 2 + 4000
-        assert optimizer.clipper._device_state.values.nbytes < 1024
+        assert optimizer.clipper._state.values.nbytes < 1024
 
     def test_the_state_is_small(self):
         p = torch.nn.Parameter(torch.ones(5))
@@ -697,7 +730,7 @@ class TestMemory:
         for norm in (1.0, 1.1, 1.2, 1.3):
             set_gradients([p], norm)
             optimizer.step()
-        assert 100 < size_of(optimizer.clipper._records) < 1024
+        assert 100 < size_of(optimizer.clipper._state.read()) < 1024
 
     @pytest.mark.filterwarnings("ignore::zclip_optim.ZClipWarning")
     def test_steps_leave_nothing_behind(self):

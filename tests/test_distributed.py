@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from training import backward, make_model, set_gradients
 from world import World
 
-import zclip_optim.clipper
+import zclip_optim.gradients
 from zclip_optim import NonFiniteGradientError, ZClip, ZClipOptimizer, ZClipWarning
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -458,7 +458,7 @@ def check_refusals_and_copies(rank):
     with pytest.raises(ValueError, match=r"pass process_group=model\.process_group.* \(process_group=\(\)"):
         ZClipOptimizer(torch.optim.SGD([p], lr=0.1))
     optimizer = ZClipOptimizer(torch.optim.SGD([p], lr=0.1), process_group=dist.group.WORLD)
-    assert copy.deepcopy(optimizer).clipper._groups == (dist.group.WORLD,)
+    assert copy.deepcopy(optimizer).clipper.process_groups == (dist.group.WORLD,)
     p.grad = torch.ones(3)
     with pytest.raises(ValueError, match=r"pass process_group"):
         ZClip().step([p])
@@ -521,7 +521,7 @@ def check_that_only_one_rank_reads(rank):
     )
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", ZClipWarning)
-        patch.setattr(zclip_optim.clipper, "stays_on_device", lambda tensor: True)
+        patch.setattr(zclip_optim.gradients, "stays_on_device", lambda tensor: True)
         p.grad = torch.full((4,), math.nan)
         for _ in range(2):
             optimizer.step()

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from zclip_optim.gradients import CHUNK, SMALL, collect_gradients, describe_nonfinite, gradient_norm, scale_gradients_
+from zclip_optim.gradients import collect_gradients, describe_nonfinite, scale_gradients_
+from zclip_optim.norm import CHUNK, SMALL, gradient_norm
 
 
 def exact_norm(gradients):

@@ -13,7 +13,8 @@ from torch import nn
 from training import make_batch, parameters
 
 from zclip_optim import ZClipOptimizer
-from zclip_optim.gradients import collect_gradients, gradient_norm
+from zclip_optim.gradients import collect_gradients
+from zclip_optim.norm import gradient_norm
 
 pytestmark = [  # what the inner optimizers themselves warn of
     pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True"),

@@ -13,7 +13,7 @@ from torch import nn
 from training import backward, make_batch, make_model, parameters, set_gradients, train
 
 from zclip_optim import NonFiniteGradientError, ZClipOptimizer, ZClipWarning
-from zclip_optim.zclip import ZClipConfig
+from zclip_optim.algorithm import ZClipConfig
 
 HOOK_DICTS = [
     "_optimizer_step_pre_hooks",
@@ -31,6 +31,21 @@ def adamw(model, **options):
 
 def wrapped(model, **options):
     return ZClipOptimizer(adamw(model), **options)
+
+
+class Extragradient(torch.optim.SGD):
+    """Steps from where it is with the gradient of where that step leads to (Korpelevich, 1976)."""
+
+    def step(self, closure):
+        loss = closure()
+        start = [p.detach().clone() for p in self.param_groups[0]["params"]]
+        super().step()
+        closure()
+        with torch.no_grad():
+            for p, value in zip(self.param_groups[0]["params"], start, strict=True):
+                p.copy_(value)
+        super().step()
+        return loss
 
 
 class TestStep:
@@ -294,6 +309,43 @@ class TestClosure:
             assert parameters(model).isfinite().all()
             assert not torch.equal(parameters(model), before)
             assert not optimizer.step_was_skipped
+
+    @pytest.mark.parametrize("bad_step", [0, 1, 3])
+    def test_a_second_evaluation_that_is_not_finite_puts_the_parameters_back(self, bad_step):
+        model = make_model()
+        optimizer = ZClipOptimizer(Extragradient(model.parameters(), lr=0.01))
+        for step in range(5):
+            before = parameters(model)
+            norms = iter([1.0, math.nan if step == bad_step else 1.0])
+            optimizer.step(lambda norms=norms: set_gradients(model.parameters(), next(norms)))
+            assert optimizer.step_was_skipped == (step == bad_step)
+            assert torch.equal(parameters(model), before) == (step == bad_step)
+
+    def test_parameters_are_copied_no_more_once_a_step_has_not_moved_them(self, monkeypatch):
+        model = make_model()
+        optimizer = ZClipOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        clones = []
+        clone = torch.Tensor.clone
+        monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: clones.append(1) or clone(tensor))
+        counts = []
+        for _ in range(3):
+            optimizer.step(self.closure(model, optimizer))
+            counts.append(len(clones))
+        assert counts == [4, 4, 4]
+
+    def test_parameters_that_cannot_be_put_back_are_told_of(self):
+        class LateExtragradient(Extragradient):
+            """Extrapolates from its second step on."""
+
+            def step(self, closure):
+                return super().step(closure) if self.state else self.state.update(begun=True) or closure()
+
+        model = make_model()
+        optimizer = ZClipOptimizer(LateExtragradient(model.parameters(), lr=0.01))
+        norms = iter([1.0, 1.0, math.nan])
+        optimizer.step(lambda: set_gradients(model.parameters(), next(norms)))
+        with pytest.warns(ZClipWarning, match="LateExtragradient .* there is no copy, and they stay there"):
+            optimizer.step(lambda: set_gradients(model.parameters(), next(norms)))
 
     def test_an_inner_optimizer_that_ignores_its_closure_is_told_of(self):
         model = make_model()

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import dataclasses
 import inspect
 import pydoc
 import re
@@ -84,6 +85,12 @@ def test_help_is_enough_to_use_the_optimizer():
         "load_state_dict",
     ):
         assert part in text
+
+
+def test_the_signature_has_every_option_with_its_default():
+    signature = inspect.signature(zclip_optim.ZClipOptimizer).parameters
+    defaults = {name: p.default for name, p in signature.items() if name not in ("base_optimizer", "process_group")}
+    assert defaults == dataclasses.asdict(zclip_optim.ZClipConfig())
 
 
 def test_every_argument_is_in_the_readme_with_its_default():

@@ -357,7 +357,7 @@ def test_fsdp1_accumulating(two):
 def check_on_device(rank, way, inner):
     on_host = train(way(rank), inner)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zclip_optim.clipper, "stays_on_device", lambda tensor: True)
+        patch.setattr(zclip_optim.gradients, "stays_on_device", lambda tensor: True)
         on_device = train(way(rank), inner)
     return on_host[0], on_device[0], distance(on_host[1], on_device[1])
 

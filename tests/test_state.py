@@ -276,8 +276,13 @@ def test_a_zero_norm_ends_a_streak_of_nonfinite_ones():
     assert optimizer.state_dict()["param_groups"][0]["zclip_nonfinite_streak"] == 0
 
 
-def test_repr_shows_the_live_statistics():
+def test_printing_changes_nothing():
     model = make_model()
     optimizer = ZClipOptimizer(adamw(model))
     train(model, optimizer, range(30))
-    assert "zclip_step: 30" in repr(optimizer)
+    before = [dict(group) for group in optimizer.param_groups]
+    text = repr(optimizer)
+    assert [dict(group) for group in optimizer.param_groups] == before
+    assert "z_thresh=2.5" in text
+    assert "lr: " in text
+    assert "zclip_" not in text  # in the groups they are as old as the last checkpoint

@@ -46,7 +46,7 @@ def wrapped(model):
     return ZClipOptimizer(adamw(model), **OPTIONS)
 
 
-def make_trainer(path, make_optimizer=wrapped, callbacks=(), callback=ZClipCallback, **options):
+def make_trainer(path, make_optimizer=wrapped, callbacks=(), callback=ZClipCallback, attach=True, **options):
     model = make_model()
     arguments = {
         "max_steps": STEPS,
@@ -59,13 +59,16 @@ def make_trainer(path, make_optimizer=wrapped, callbacks=(), callback=ZClipCallb
         "use_cpu": True,
         **options,
     }
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=TrainingArguments(str(path), **arguments),
         train_dataset=Tokens(),
         optimizers=(make_optimizer(model), None),
-        callbacks=[callback(), *callbacks],
+        callbacks=[*callbacks] if attach else [callback(), *callbacks],
     )
+    if attach:
+        callback.attach(trainer)
+    return trainer
 
 
 def train(*args, resume_from_checkpoint=None, **options):
@@ -130,6 +133,28 @@ def test_the_keys_reach_the_loggers_of_the_trainer(callback, tmp_path):
     events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent)).Reload()
     for key in KEYS:
         assert [event.step for event in events.Scalars(f"train/zclip/{key}")] == [5, 10, 15, 20]
+
+
+def test_given_with_the_other_callbacks_it_adds_to_the_history_alone(tmp_path):
+    trainer = train(tmp_path, attach=False, report_to="tensorboard", logging_steps=5)
+    *rows, _ = trainer.state.log_history
+    assert all({f"zclip/{key}" for key in KEYS} <= set(row) for row in rows)
+    events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent)).Reload()
+    assert "train/loss" in events.Tags()["scalars"]
+    assert not any("zclip" in tag for tag in events.Tags()["scalars"])
+
+
+def test_no_callback_is_passed_over_because_of_it(tmp_path):
+    """The Trainer goes through its list of callbacks while it calls them."""
+    begun = []
+
+    class Begins(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            begun.append(self)
+
+    callbacks = [Begins(), Begins(), Begins()]
+    train(tmp_path, attach=False, callbacks=callbacks, max_steps=1)
+    assert begun == callbacks
 
 
 def test_metrics_are_read_when_the_trainer_logs_and_not_else(tmp_path, monkeypatch):

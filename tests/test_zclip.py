@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import ReferenceZClip
 
-from zclip_optim.zclip import NormStats, ZClipConfig, decide
+from zclip_optim.algorithm import NormStats, ZClipConfig, decide
 
 SCALES = [1e-7, 1.0, 1e5]
 OPTIONS = {

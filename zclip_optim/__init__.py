@@ -6,6 +6,7 @@
 >>> optimizer = ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4))
 """
 
+from zclip_optim.algorithm import NormStats, ZClipConfig, decide
 from zclip_optim.clipper import NonFiniteGradientError, ZClip
 from zclip_optim.health import ZClipWarning
 from zclip_optim.metrics import ClipMetrics
@@ -13,4 +14,14 @@ from zclip_optim.optimizer import ZClipOptimizer
 
 __version__ = "0.1.0"
 
-__all__ = ["ClipMetrics", "NonFiniteGradientError", "ZClip", "ZClipOptimizer", "ZClipWarning", "__version__"]
+__all__ = [
+    "ClipMetrics",
+    "NonFiniteGradientError",
+    "NormStats",
+    "ZClip",
+    "ZClipConfig",
+    "ZClipOptimizer",
+    "ZClipWarning",
+    "__version__",
+    "decide",
+]

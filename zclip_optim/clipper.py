@@ -1,39 +1,21 @@
-"""ZClip: holds the statistics; measures, decides and applies; state in and out."""
+"""ZClip: measure, decide, apply; state in and out."""
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zclip_optim.device import DeviceState
-from zclip_optim.distributed import (
-    Measured,
-    ProcessGroups,
-    Reduced,
-    as_groups,
-    fsdp_groups,
-    groups_that_know,
-    in_use,
-    join_descriptions,
-    measure_over_ranks,
-)
-from zclip_optim.fused import hand_scale, hand_skip
-from zclip_optim.gradients import (
-    collect_gradients,
-    describe_nonfinite,
-    local_norm,
-    scale_gradients_,
-    stays_on_device,
-)
+from zclip_optim.algorithm import NormStats, Scalar, ZClipConfig
+from zclip_optim.distributed import ProcessGroups, as_groups, fsdp_groups, gradients_of, in_use
+from zclip_optim.fused import Kernels
+from zclip_optim.gradients import Gradients, ParamGroups
 from zclip_optim.health import Health
 from zclip_optim.metrics import ClipMetrics, combine
+from zclip_optim.running import DeviceState, HostState, Verdict
 from zclip_optim.state import Counters, SavedState, StepRecord, from_flat, to_flat
-from zclip_optim.zclip import NormStats, ZClipConfig, decide
-
-ParamGroups = Sequence[dict[str, Any]]
 
 
 class NonFiniteGradientError(FloatingPointError):
@@ -48,7 +30,7 @@ class ZClip:
 
     On an accelerator the statistics stay there: a step reads nothing back but, unless ``nonfinite="pass"``, one flag.
     Reading `metrics`, `step_was_skipped` or `state_dict()` waits for the device, once per step, and `step` does because
-    it returns a number.
+    it returns a number. There the warnings come when something is read.
 
     Attributes:
         config: the validated hyperparameters.
@@ -73,17 +55,14 @@ class ZClip:
 
     def __init__(self, *, process_group: ProcessGroups = None, **options: Any) -> None:
         self.config = ZClipConfig(**options)
-        self._groups = as_groups(process_group)
-        self.health = Health(self.config)
-        self.handed_over = False
-        self._device_state: DeviceState | None = None
-        self._unread = False  # the device is ahead of the records here
-        self._records: list[StepRecord] = []
-        self.restore(None)
+        self.process_groups = as_groups(process_group)
+        records = _fresh(SavedState([NormStats()], Counters()))
+        self.health = Health(self.config, records)
+        self._state: HostState | DeviceState = HostState(records)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ZClip":
         twin = memo[id(self)] = type(self).__new__(type(self))
-        memo.update({id(group): group for group in self._groups or ()})  # process groups are shared
+        memo.update({id(group): group for group in self.process_groups or ()})  # process groups are shared
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
@@ -103,17 +82,17 @@ class ZClip:
             NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
         """
         self.clip_(_as_param_groups(model_or_parameters))
-        return math.hypot(*(record.norm for record in self._read()))
+        return math.hypot(*(record.norm for record in self._wait_for_records()))
 
-    def clip_(self, param_groups: ParamGroups, *, new_step: bool = True, optimizer: Any = None) -> bool:
+    def clip_(self, param_groups: ParamGroups, *, new_step: bool = True, kernels: Kernels | None = None) -> bool:
         """Clip the gradients of param groups in place.
 
         Args:
             param_groups: as in an optimizer.
             new_step: False for a further evaluation within the same step (a closure called again): it is clipped by the
                 statistics that this step began with and changes neither them nor the metrics.
-            optimizer: the one that steps next. If its kernels can scale gradients on an accelerator, and skip, that is
-                left to them; then `handed_over` is True, and `fused.take_back` is due after the step.
+            kernels: of the optimizer that steps next. What they can do on an accelerator, scale the gradients and skip,
+                is left to them.
 
         Returns:
             Whether the optimizer may step.
@@ -122,120 +101,76 @@ class ZClip:
             NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
         """
         if torch.compiler.is_compiling():  # else it would be compiled anew for every value of its floats
-            return bool(torch.compiler.disable(self._clip)(param_groups, new_step, optimizer))  # type: ignore[no-untyped-call]
-        return self._clip(param_groups, new_step, optimizer)
+            return bool(torch.compiler.disable(self._clip)(param_groups, new_step, kernels))  # type: ignore[no-untyped-call]
+        return self._clip(param_groups, new_step, kernels)
 
-    def _clip(self, param_groups: ParamGroups, new_step: bool, optimizer: Any) -> bool:
-        self.handed_over = False
-        device = _accelerator(param_groups)
-        if device is None:
-            return self._clip_on_host(param_groups, new_step)
-        with torch.no_grad():
-            return self._clip_on_device(param_groups, new_step, device, optimizer)
+    def _clip(self, param_groups: ParamGroups, new_step: bool, kernels: Kernels | None) -> bool:
+        gradients = gradients_of(param_groups, self.config.scope, self.process_groups)
+        norms = gradients.norms()
+        state = self._state_for(gradients.device, len(norms))
+        verdict = state.step(norms, self.config, new_step)
+        if isinstance(state, DeviceState):
+            may_step = self._apply_on_device(verdict, gradients, kernels, state)
+        else:
+            gradients.scale_(verdict.coefs)
+            self.health.check(state.read())
+            may_step = not verdict.skip
+        if not may_step:
+            # Whether a rank gets here with kernels of its own depends on what it has read before: no collective then.
+            ask_others = not (kernels and kernels.scale_themselves and self.config.nonfinite == "skip")
+            self._raise_if_told_to(norms, gradients, ask_others)
+        return may_step
 
-    def _measure(self, param_groups: ParamGroups, device: torch.device | None) -> Measured:
-        """For each scope the norm over all ranks, and the gradients in this process."""
-        scopes = [param_groups] if self.config.scope == "global" else [[group] for group in param_groups]
-        if in_use():
-            return measure_over_ranks(scopes, self._groups, device)
-        gradients = [collect_gradients(scope) for scope in scopes]
-        return Measured([local_norm(scope, device) for scope in gradients], gradients)
-
-    def _clip_on_host(self, param_groups: ParamGroups, new_step: bool) -> bool:
-        norms, gradients, reduced = self._measure(param_groups, None)
-        total = norms[0] if len(norms) == 1 else math.hypot(*norms)
-        finite = total < math.inf
-        before, after = self._records_of(len(norms)), []
-        counters = before[0].counters
-        if new_step and counters.nonfinite_streak and not before[0].skipped:
-            counters = counters._replace(nonfinite_streak=0)
-        for record, norm, scope in zip(before, norms, gradients, strict=True):
-            stats = record.decision.stats if new_step else record.before
-            # If the norm of one scope is not finite, the step is not taken and the statistics of none move.
-            decision = decide(norm if finite else total, stats, self.config)
-            if decision.clip_coef != 1:
-                scale_gradients_(scope, decision.clip_coef)
-            after.append(StepRecord(stats, norm, decision, False, counters))
-        self._device_state = None
-        if new_step:
-            self._records = after
-            self.health.check(before, after)
-        return finite or self._accept_nonfinite(total, param_groups, new_step, reduced)
-
-    def _accept_nonfinite(self, norm: float, param_groups: ParamGroups, new_step: bool, reduced: Reduced) -> bool:
-        """Count a norm that is not finite, once per step; whether the step may be taken all the same."""
-        *_, was_skipped, (skipped_steps, streak) = self._records[0]
-        if not new_step and was_skipped:
+    def _apply_on_device(
+        self, verdict: Verdict, gradients: Gradients, kernels: Kernels | None, state: DeviceState
+    ) -> bool:
+        """Scale the gradients, or have the kernels do it; whether the optimizer may step."""
+        if not (kernels and gradients.can_be_scaled_one_by_one() and kernels.scale(verdict.coefs)):
+            gradients.scale_(verdict.coefs)
+        if not self.config.can_skip or (kernels and self._may_skip_unseen(state) and kernels.skip(verdict.skip)):
+            return True
+        if verdict.skip.item():  # the one thing that is ever read back in a step
             return False
-        skips = self.config.nonfinite != "pass"
-        counters = Counters(skipped_steps + skips, streak + 1)
-        self._records = [record._replace(skipped=skips, counters=counters) for record in self._records]
-        self._answer_for_nonfinite(norm, param_groups, reduced)
-        return not skips
+        state.note_finite()
+        return True
 
-    def _answer_for_nonfinite(self, norm: float, param_groups: ParamGroups, reduced: Reduced) -> None:
-        """Warn of norms that are not finite, or raise, as configured.
+    def _may_skip_unseen(self, state: DeviceState) -> bool:
+        """Not if this step may have to raise; how near `max_consecutive_nonfinite` is, reading the metrics tells."""
+        return self.config.nonfinite == "skip" and state.last_read[0].nonfinite_streak + 1 < self._limit
 
-        The ranks over which `reduced` was summed have all come here, and join in saying where the bad elements are.
-        """
-        streak = self._records[0].counters.nonfinite_streak
-        self.health.check_nonfinite(streak)
-        if self.config.nonfinite == "raise" or (self.config.nonfinite == "skip" and streak >= self._limit):
-            where, groups = describe_nonfinite(param_groups), groups_that_know(reduced)
-            where = join_descriptions(where, groups) if groups else where
-            steps = self._records[0].decision.stats.step
+    def _raise_if_told_to(self, norms: Iterable[Scalar], gradients: Gradients, ask_others: bool) -> None:
+        record = self._wait_for_records()[0]
+        streak = record.nonfinite_streak
+        if self.config.nonfinite == "raise" or streak >= self._limit:
+            where = gradients.describe_nonfinite(ask_others=ask_others)
             raise NonFiniteGradientError(
-                f"the gradient norm is {norm}, after {steps} finite steps, for {streak} in a row; "
-                f"gradients with NaN or infinite elements: {where or 'none in this process'}"
+                f"the gradient norm is {math.hypot(*map(float, norms))}, after {record.decision.stats.step} finite "
+                f"steps, for {streak} in a row; gradients with NaN or infinite elements: "
+                f"{where or 'none in this process'}"
             )
 
     @property
     def _limit(self) -> float:
         return self.config.max_consecutive_nonfinite or math.inf
 
-    def _clip_on_device(self, param_groups: ParamGroups, new_step: bool, device: torch.device, optimizer: Any) -> bool:
-        norms, gradients, reduced = self._measure(param_groups, device)
-        coefs, failed = self._state_on(device, len(norms)).step(torch.stack(norms), self.config, new_step)
-        self._unread = True
-        self.handed_over = _each_has_its_own(param_groups, gradients) and hand_scale(optimizer, coefs)
-        if not self.handed_over:
-            for scope, coef in zip(gradients, coefs.unbind(), strict=True):
-                scale_gradients_(scope, coef)
-        if self.config.nonfinite == "pass" or (self._may_hand_skip() and hand_skip(optimizer, failed)):
-            return True
-        if not failed.item():  # the one thing that is ever read back in a step
-            self._records = [record.without_streak() for record in self._records]
-            return True
-        self._read()
-        # Whether a rank comes here with a fused optimizer depends on what it has read before: no collective then.
-        alone = self.handed_over and self.config.nonfinite == "skip"
-        self._answer_for_nonfinite(math.hypot(*map(float, norms)), param_groups, () if alone else reduced)
-        return False
-
-    def _may_hand_skip(self) -> bool:
-        """Not if this step may have to raise; how near `max_consecutive_nonfinite` is, reading the metrics tells."""
-        streak = self._records[0].counters.nonfinite_streak
-        return self.handed_over and self.config.nonfinite == "skip" and streak + 1 < self._limit
-
-    def _state_on(self, device: torch.device, n_scopes: int) -> DeviceState:
-        state = self._device_state
-        if state is None or state.values.device != device or state.values.shape[1] != n_scopes:
-            self._records = self._records_of(n_scopes)
-            state = self._device_state = DeviceState(self._records, device)
+    def _state_for(self, device: torch.device | None, n_scopes: int) -> HostState | DeviceState:
+        """The state, where a step on this device goes on; moved there if it is elsewhere."""
+        state = self._state
+        if state.device != device or state.n_scopes != n_scopes:
+            records = self._wait_for_records_of(n_scopes)
+            state = self._state = HostState(records) if device is None else DeviceState(records, device)
+            self.health.go_on_from(records)
         return state
 
-    def _read(self) -> list[StepRecord]:
-        """The records of the last step; on an accelerator this waits for it, once."""
-        if self._unread and self._device_state is not None:
-            before, self._records = self._records, self._device_state.read()
-            self._unread = self._device_state.replayed
-            self.health.check(before, self._records)
-            self.health.check_nonfinite(self._records[0].counters.nonfinite_streak)
-        return self._records
+    def _wait_for_records(self) -> list[StepRecord]:
+        """The records of the last step. On an accelerator this waits for it, once, and is when warnings are given."""
+        records = self._state.read()
+        self.health.check(records)
+        return records
 
-    def _records_of(self, n_scopes: int) -> list[StepRecord]:
+    def _wait_for_records_of(self, n_scopes: int) -> list[StepRecord]:
         """One per scope; a param group that was added later starts afresh."""
-        records = self._read()
+        records = self._wait_for_records()
         if len(records) != n_scopes:
             new = StepRecord.before_any(NormStats(), records[0].counters)
             records = (records + [new] * (n_scopes - len(records)))[:n_scopes]
@@ -244,7 +179,7 @@ class ZClip:
     @property
     def step_was_skipped(self) -> bool:
         """Whether the last norm was NaN or infinite, so that the optimizer must not step."""
-        return bool(self._read()[0].skipped)
+        return bool(self._wait_for_records()[0].skipped)
 
     @property
     def metrics(self) -> ClipMetrics:
@@ -255,36 +190,11 @@ class ZClip:
     @property
     def group_metrics(self) -> list[ClipMetrics]:
         """`ClipMetrics` of the last step, one per param group that it had; a single one unless ``scope="group"``."""
-        return [self._describe(record) for record in self._read()]
-
-    def _describe(self, record: StepRecord) -> ClipMetrics:
-        decision, stats = record.decision, record.decision.stats
-        return ClipMetrics(
-            grad_norm=record.norm,
-            clipped_norm=decision.clipped_norm,
-            threshold=decision.threshold,
-            z_score=decision.z_score,
-            clip_coef=decision.clip_coef,
-            mean=stats.mean,
-            std=stats.var**0.5,
-            clipped=decision.is_spike,
-            skipped=record.skipped,
-            step=stats.step,
-            clipped_steps=stats.clipped_steps,
-            skipped_steps=record.counters.skipped_steps,
-            clip_rate=self._clip_rate(stats),
-            consecutive_clipped=stats.streak,
-        )
-
-    def _clip_rate(self, stats: NormStats) -> float:
-        steps = stats.step - self.config.warmup_steps
-        return (
-            min(1.0, stats.clipped_steps / steps) if steps > 0 else 0.0
-        )  # min: it may have resumed with a longer warm-up
+        return [ClipMetrics.of(record, self.config.warmup_steps) for record in self._wait_for_records()]
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics as plain Python scalars; hyperparameters are not saved."""
-        return {"groups": [self._to_flat(record) for record in self._read()]}
+        return {"groups": [to_flat(record, self.config.scope) for record in self._wait_for_records()]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the statistics that `state_dict` returned.
@@ -303,37 +213,24 @@ class ZClip:
 
     def restore(self, saved: SavedState | None) -> None:
         """Take over a parsed state; None starts afresh."""
-        stats, counters = saved or SavedState([NormStats()], Counters())
-        self._records = [StepRecord.before_any(one, counters) for one in stats]
-        if self._device_state is not None and self._device_state.values.shape[1] == len(stats):
-            self._device_state.write(self._records)
+        records = _fresh(saved or SavedState([NormStats()], Counters()))
+        if len(records) == self._state.n_scopes:
+            self._state.write(records)
         else:
-            self._device_state = None
-        self._unread = self._device_state is not None and self._device_state.replayed
+            self._state = HostState(records)
+        self.health.go_on_from(records)
 
-    def publish(self, param_groups: ParamGroups) -> None:
+    def publish(self, param_groups: Iterable[dict[str, Any]]) -> None:
         """Write the state into param groups, from where `parse_groups` reads it after a checkpoint."""
-        records = self._records_of(len(param_groups) if self.config.scope == "group" else 1)
-        for i, group in enumerate(param_groups):
-            group.update(self._to_flat(records[i if self.config.scope == "group" else 0]))
-
-    def _to_flat(self, record: StepRecord) -> dict[str, Any]:
-        counters = record.counters if record.skipped else record.without_streak().counters
-        return to_flat(record.decision.stats, counters, self.config.scope)
+        groups = list(param_groups)
+        per_group = self.config.scope == "group"
+        records = self._wait_for_records_of(len(groups) if per_group else 1)
+        for i, group in enumerate(groups):
+            group.update(to_flat(records[i if per_group else 0], self.config.scope))
 
 
-def _accelerator(param_groups: ParamGroups) -> torch.device | None:
-    """The device that a step stays on, that of the first parameter; None for the CPU."""
-    for group in param_groups:
-        for p in group["params"]:
-            return p.device if stays_on_device(p) else None
-    return None
-
-
-def _each_has_its_own(param_groups: ParamGroups, gradients: list[list[Tensor]]) -> bool:
-    """Whether there is one scope and no gradient belongs to two parameters, which a kernel would scale twice."""
-    held = sum([p.grad is not None for group in param_groups for p in group["params"]])
-    return len(gradients) == 1 and len(gradients[0]) == held
+def _fresh(saved: SavedState) -> list[StepRecord]:
+    return [StepRecord.before_any(stats, saved.counters) for stats in saved.stats]
 
 
 def _as_param_groups(model_or_parameters: Any) -> ParamGroups:

@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from zclip_optim.gradients import local_norm, local_tensor, wide_dtype
+from zclip_optim.algorithm import Scalar
+from zclip_optim.gradients import Gradients, ParamGroups, local_tensor
+from zclip_optim.norm import device_norm, gradient_norm, wide_dtype
 
 ProcessGroups: TypeAlias = "dist.ProcessGroup | Sequence[dist.ProcessGroup] | None"
 Groups: TypeAlias = tuple[Any, ...]  # of ProcessGroups, a class that not every build of torch has
-ParamGroups: TypeAlias = Sequence[Mapping[str, Any]]
 PLAIN = {Parameter, Tensor, type(None)}
 
 
@@ -30,16 +31,7 @@ class Part(NamedTuple):
     gradients: list[Tensor]
 
 
-Scalar: TypeAlias = Any  # a Python number, or a tensor without dimensions on the gradients' accelerator
 Reduced: TypeAlias = Sequence[tuple[Any, list[Scalar]]]  # groups, and the sums over their ranks
-
-
-class Measured(NamedTuple):
-    """Norms over all ranks, the gradients in this process to scale, both per scope, and what the norms were made of."""
-
-    norms: list[Scalar]
-    gradients: list[list[Tensor]]
-    reduced: Reduced = ()
 
 
 class _Layout(NamedTuple):
@@ -74,27 +66,53 @@ def as_groups(process_group: ProcessGroups) -> Groups | None:
     return groups
 
 
-def measure_over_ranks(
-    scopes: Sequence[ParamGroups], process_groups: Groups | None, device: torch.device | None
-) -> Measured:
-    """The norm of each scope over all ranks: numbers, or tensors on an accelerator if `device` is one.
+def gradients_of(param_groups: ParamGroups, scope: str, process_groups: Groups | None) -> Gradients:
+    """The gradients of param groups, wherever they are."""
+    if in_use():
+        return ShardedGradients(param_groups, scope, process_groups)
+    return Gradients(param_groups, scope)
+
+
+class ShardedGradients(Gradients):
+    """The gradients of param groups, elements of which may be on other ranks.
 
     The collectives follow from the layout of the parameters, so that a rank whose gradients are missing or whose shards
-    are empty joins them: one all-reduce of `len(scopes)` numbers per mesh of DTensors (per sharded dimension of a mesh
-    of several dimensions that leaves ranks out) and per group in `process_groups`.
+    are empty joins them: one all-reduce of a number per scope for each mesh of DTensors (per sharded dimension of a
+    mesh of several dimensions that leaves ranks out) and for each group in `process_groups`.
 
-    Raises:
-        ValueError: see `split_gradients`.
+    Args:
+        process_groups: groups over which squared norms are summed; None if nothing was said about it.
     """
-    parts = [split_gradients(scope, process_groups) for scope in scopes]
-    squares: defaultdict[tuple[int, Groups], Scalar] = defaultdict(float)
-    for i, scope_parts in enumerate(parts):
-        for part in scope_parts:
-            norm = local_norm(part.gradients, device)
-            squares[i, part.groups] += norm * norm / part.copies
-    sums, reduced = sum_over_groups(squares, process_groups or (), _device_of(scopes))
-    norms = [sums[i] ** 0.5 for i in range(len(scopes))]
-    return Measured(norms, [_local_gradients(scope) for scope in scopes], reduced)
+
+    def __init__(self, param_groups: ParamGroups, scope: str, process_groups: Groups | None) -> None:
+        super().__init__(param_groups, scope)
+        self._local = [[local_tensor(gradient) for gradient in gradients] for gradients in self._local]
+        self._process_groups = process_groups
+        self._reduced: Reduced = ()
+
+    def norms(self) -> Any:
+        """The L2 norm of each scope over all ranks, the same bits on each of them.
+
+        Raises:
+            ValueError: see `split_gradients`.
+        """
+        squares: defaultdict[tuple[int, Groups], Scalar] = defaultdict(float)
+        for i, groups in enumerate(self.scopes):
+            for part in split_gradients(groups, self._process_groups):
+                norm = self._local_norm(part.gradients)
+                squares[i, part.groups] += norm * norm / part.copies
+        sums, self._reduced = sum_over_groups(squares, self._process_groups or (), _device_of(self.param_groups))
+        norms = [sums[i] ** 0.5 for i in range(len(self.scopes))]
+        return norms if self.device is None else torch.stack(norms)
+
+    def _local_norm(self, gradients: list[Tensor]) -> Scalar:
+        return gradient_norm(gradients) if self.device is None else device_norm(gradients, self.device)
+
+    def describe_nonfinite(self, *, ask_others: bool) -> str:
+        """The same over all ranks of the groups whose sum was not finite, and that therefore are here now."""
+        here = super().describe_nonfinite(ask_others=ask_others)
+        groups = groups_that_know(self._reduced) if ask_others else ()
+        return join_descriptions(here, groups) if groups else here
 
 
 def split_gradients(param_groups: ParamGroups, process_groups: Groups | None) -> list[Part]:
@@ -192,6 +210,11 @@ def sum_over_groups(
 ) -> tuple[defaultdict[int, Scalar], Reduced]:
     """Sum squared norms over groups of ranks; what is to be summed over the same group goes into one all-reduce.
 
+    With expert parameters sharded over A, dense ones over A and then B, and pipeline stages P last (one scope), this
+    process starts from {(0, (A, P)): 4.0, (0, (A, B, P)): 9.0}. A is reduced first, both numbers at once, and leaves
+    {(0, (P,)): sum of the 4.0 over A, (0, (B, P)): sum of the 9.0 over A}; then B, which leaves {(0, (P,)): the two
+    added up}; then P. What is left, {(0, ()): ...}, is the squared norm of scope 0.
+
     Args:
         squares: for a scope and the groups to sum over, one after the other, the squared norm in this process.
         last: the groups that end each of these sequences.
@@ -230,13 +253,8 @@ def groups_that_know(reduced: Reduced) -> Groups:
     return tuple(group for group, sums in reduced if not all(map(math.isfinite, sums)))
 
 
-def _device_of(scopes: Sequence[ParamGroups]) -> torch.device:
-    return next((p.device for scope in scopes for group in scope for p in group["params"]), torch.device("cpu"))
-
-
-def _local_gradients(param_groups: ParamGroups) -> list[Tensor]:
-    gradients = [p.grad for group in param_groups for p in group["params"] if p.grad is not None]
-    return [local_tensor(gradient) for gradient in {id(gradient): gradient for gradient in gradients}.values()]
+def _device_of(param_groups: ParamGroups) -> torch.device:
+    return next((p.device for group in param_groups for p in group["params"]), torch.device("cpu"))
 
 
 def join_descriptions(description: str, groups: Groups) -> str:
@@ -293,5 +311,5 @@ def refuse_foreign_gradients(base_optimizer: object, params: Iterable[Tensor]) -
         return
     raise ValueError(
         f"{owner} keeps the gradients in buffers of its own, so their norm cannot be seen here: use {instead}, or "
-        "zclip_optim.zclip.decide with the norm that it reports"
+        "zclip_optim.decide with the norm that it reports"
     )

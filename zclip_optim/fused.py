@@ -13,26 +13,46 @@ from torch.optim import SGD, Adagrad, Adam, AdamW
 FUSED = (Adam, AdamW, SGD, Adagrad)
 
 
-def hand_scale(optimizer: Any, coef: Tensor) -> bool:
-    """Have the next step multiply the gradients by `coef`, a tensor of one element; whether the optimizer can do it."""
-    if type(optimizer) not in FUSED or not all(group["fused"] for group in optimizer.param_groups):
-        return False
-    optimizer.grad_scale = coef.reciprocal().float().reshape(())
-    return True
+class Kernels:
+    """What the kernels of an optimizer are told for one step: given within the context, taken back at its end.
 
+    Args:
+        optimizer: any; one without such kernels is told nothing.
 
-def hand_skip(optimizer: Any, skip: Tensor) -> bool:
-    """Have the next step, which got a scale, do nothing if `skip` is true; whether the optimizer can do it.
-
-    Never SGD with momentum: skipped on its first step, torch's kernel leaves an uninitialised momentum buffer.
+    Attributes:
+        scale_themselves: whether the kernels were told to scale the gradients.
     """
-    if type(optimizer) is SGD and any(group["momentum"] != 0 for group in optimizer.param_groups):
-        return False
-    optimizer.found_inf = skip.float().reshape(())
-    return True
 
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.scale_themselves = False
 
-def take_back(optimizer: Any) -> None:
-    """Remove what was handed over, after the step."""
-    for name in ("grad_scale", "found_inf"):
-        optimizer.__dict__.pop(name, None)
+    def __enter__(self) -> "Kernels":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.scale_themselves:
+            for name in ("grad_scale", "found_inf"):
+                self.optimizer.__dict__.pop(name, None)
+
+    def scale(self, coef: Tensor) -> bool:
+        """Have the step multiply the gradients by `coef`, a tensor of one element; whether the optimizer can do it."""
+        optimizer = self.optimizer
+        if type(optimizer) not in FUSED or not all(group["fused"] for group in optimizer.param_groups):
+            return False
+        optimizer.grad_scale = coef.reciprocal().float().reshape(())
+        self.scale_themselves = True
+        return True
+
+    def skip(self, flag: Tensor) -> bool:
+        """Have the step do nothing if `flag` is true; whether that can be done, which takes a step that got a scale.
+
+        Never SGD with momentum: skipped on its first step, torch's kernel leaves an uninitialised momentum buffer.
+        """
+        optimizer = self.optimizer
+        if not self.scale_themselves:
+            return False
+        if type(optimizer) is SGD and any(group["momentum"] != 0 for group in optimizer.param_groups):
+            return False
+        optimizer.found_inf = flag.float().reshape(())
+        return True

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from zclip_optim.state import StepRecord
+
 
 @dataclass(frozen=True, repr=False)
 class ClipMetrics:
@@ -53,6 +55,28 @@ class ClipMetrics:
     skipped_steps: int
     clip_rate: float
     consecutive_clipped: int
+
+    @classmethod
+    def of(cls, record: StepRecord, warmup_steps: int) -> "ClipMetrics":
+        """Of one scope."""
+        decision, stats = record.decision, record.decision.stats
+        steps = stats.step - warmup_steps  # fewer than were clipped, if it was resumed with a longer warm-up
+        return cls(
+            grad_norm=record.norm,
+            clipped_norm=decision.clipped_norm,
+            threshold=decision.threshold,
+            z_score=decision.z_score,
+            clip_coef=decision.clip_coef,
+            mean=stats.mean,
+            std=stats.var**0.5,
+            clipped=decision.is_spike,
+            skipped=record.skipped,
+            step=stats.step,
+            clipped_steps=stats.clipped_steps,
+            skipped_steps=record.counters.skipped_steps,
+            clip_rate=min(1.0, stats.clipped_steps / steps) if steps > 0 else 0.0,
+            consecutive_clipped=stats.streak,
+        )
 
     def __repr__(self) -> str:
         values = (f"{name}={v:.4g}" if type(v) is float else f"{name}={v}" for name, v in asdict(self).items())

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from zclip_optim.clipper import NonFiniteGradientError, ZClip
 from zclip_optim.distributed import ProcessGroups, refuse_foreign_gradients, refuse_unknown_shards
-from zclip_optim.fused import take_back
+from zclip_optim.fused import Kernels
 from zclip_optim.gradients import collect_gradients, zero_gradients_
 from zclip_optim.metrics import ClipMetrics
 
@@ -101,30 +101,15 @@ class ZClipOptimizer(Optimizer):
         scope: str = "global",
         process_group: ProcessGroups = None,
     ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "base_optimizer")}
         _check_base_optimizer(base_optimizer)
         self.base_optimizer = base_optimizer
-        self.clipper = ZClip(
-            alpha=alpha,
-            z_thresh=z_thresh,
-            mode=mode,
-            clip_option=clip_option,
-            percentile=percentile,
-            clip_factor=clip_factor,
-            max_grad_norm=max_grad_norm,
-            warmup_steps=warmup_steps,
-            eps=eps,
-            skip_update_on_spike=skip_update_on_spike,
-            patience=patience,
-            nonfinite=nonfinite,
-            max_consecutive_nonfinite=max_consecutive_nonfinite,
-            scope=scope,
-            process_group=process_group,
-        )
-        refuse_unknown_shards(self._params(), self.clipper._groups)
+        self.clipper = ZClip(**options)
+        refuse_unknown_shards(self._params(), self.clipper.process_groups)
         refuse_foreign_gradients(base_optimizer, self._params())
         # Not Optimizer.__init__, which would, through the properties below, empty the base optimizer.
         self._make_hook_dicts()
-        self._probes = isinstance(base_optimizer, torch.optim.LBFGS)  # moves the parameters before an evaluation
+        self._may_move_in_closures = True  # the parameters, before a further evaluation; until its first step shows
         if any(group.get("zclip_step") for group in self.param_groups):  # it has loaded a checkpoint of a wrapped one
             self.clipper.restore(self.clipper.parse_groups(self.param_groups))
         self.clipper.publish(self.param_groups)
@@ -211,35 +196,44 @@ class ZClipOptimizer(Optimizer):
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Closure | None = None) -> Any:
-        base, clipper = self.base_optimizer, self.clipper
-        try:
+        base = self.base_optimizer
+        with Kernels(base) as kernels:
             if closure is not None:
-                return self._step_with(closure)
-            return base.step() if clipper.clip_(base.param_groups, optimizer=base) else None
-        finally:
-            if clipper.handed_over:
-                take_back(base)
+                return self._step_with(closure, kernels)
+            return base.step() if self.clipper.clip_(base.param_groups, kernels=kernels) else None
 
-    def _step_with(self, closure: Closure) -> Any:
-        start = [p.detach().clone() for p in self._params()] if self._probes else []
-        clipping = _ClippingClosure(self, closure)
+    def _step_with(self, closure: Closure, kernels: Kernels) -> Any:
+        start = [p.detach().clone() for p in self._params()] if self._may_move_in_closures else None
+        clipping = _ClippingClosure(self, closure, kernels)
         try:
             result = self.base_optimizer.step(clipping)
         except _SkipStep as skipped:
             return skipped.loss
-        self._probes |= clipping.moved
         if not clipping.evaluations:
             name = type(self.base_optimizer).__name__
             self.clipper.health.warn(
                 "closure", f"{name} did not call the closure that its step() was given, so nothing was clipped there"
             )
-        if clipping.poisoned:
-            with torch.no_grad():
-                for p, value in zip(self._params(), start, strict=False):
-                    p.copy_(value)
+        if clipping.must_go_back:
+            self._put_back(start)
+        # LBFGS moves nothing in a step that finds it at the minimum.
+        self._may_move_in_closures = clipping.moved or isinstance(self.base_optimizer, torch.optim.LBFGS)
         if clipping.error is not None:
             raise clipping.error
         return result
+
+    def _put_back(self, start: list[torch.Tensor] | None) -> None:
+        if start is None:
+            name = type(self.base_optimizer).__name__
+            self.clipper.health.warn(
+                "moved",
+                f"a NaN or infinite norm met {name} where it had moved the parameters to, for a further evaluation of "
+                "its closure; it had not done so before, so there is no copy, and they stay there",
+            )
+            return
+        with torch.no_grad():
+            for p, value in zip(self._params(), start, strict=True):
+                p.copy_(value)
 
     def _params(self) -> Iterator[torch.Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -315,8 +309,9 @@ class ZClipOptimizer(Optimizer):
         self._make_hook_dicts()
 
     def __repr__(self) -> str:
-        self.clipper.publish(self.param_groups)
-        return f"{type(self).__name__} (\n{self.clipper!r}\n{self.base_optimizer!r}\n)"
+        lines = repr(self.base_optimizer).splitlines()
+        base = "\n".join(line for line in lines if not line.lstrip().startswith("zclip_"))  # as of the last checkpoint
+        return f"{type(self).__name__} (\n{self.clipper!r}\n{base}\n)"
 
 
 class _ClippingClosure:
@@ -327,12 +322,12 @@ class _ClippingClosure:
     step, and the parameters are put back afterwards.
     """
 
-    def __init__(self, optimizer: ZClipOptimizer, closure: Closure) -> None:
-        self.optimizer, self.closure = optimizer, closure
+    def __init__(self, optimizer: ZClipOptimizer, closure: Closure, kernels: Kernels) -> None:
+        self.optimizer, self.closure, self.kernels = optimizer, closure, kernels
         self.versions = self._versions()
         self.evaluations = 0
         self.moved = False
-        self.poisoned = False
+        self.must_go_back = False
         self.error: NonFiniteGradientError | None = None
 
     def __call__(self) -> Any:
@@ -345,15 +340,14 @@ class _ClippingClosure:
         if not may_step:
             if not self.moved:
                 raise self.error or _SkipStep(loss)
-            self.poisoned = True
+            self.must_go_back = True
             zero_gradients_(collect_gradients(self.optimizer.param_groups))
         return loss
 
     def _clip(self) -> bool:
+        clipper, groups = self.optimizer.clipper, self.optimizer.param_groups
         try:
-            return self.optimizer.clipper.clip_(
-                self.optimizer.param_groups, new_step=self.evaluations == 0, optimizer=self.optimizer.base_optimizer
-            )
+            return clipper.clip_(groups, new_step=self.evaluations == 0, kernels=self.kernels)
         except NonFiniteGradientError as error:
             self.error = error
             return False

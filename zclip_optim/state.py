@@ -1,4 +1,9 @@
-"""The saved form of the statistics: flat Python scalars, which every checkpoint library carries in a param group."""
+"""What is known after a step, and its saved form: flat Python scalars, which every checkpoint library carries.
+
+A streak of norms that are not finite is seen to be over by the first step *after* a finite one: within a step a further
+evaluation of a closure may still be not finite and goes on with the streak. So a record holds both, the streak as the
+step found it and whether the step `failed`; only of a step that did is the streak alive, and saved.
+"""
 
 import math
 import reprlib
@@ -6,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from zclip_optim.zclip import Decision, NormStats, Scalar
+from zclip_optim.algorithm import Decision, NormStats, Scalar
 
 VERSION = 1
 LARGEST_COUNT = 2**63 - 1
@@ -23,36 +28,72 @@ class Counters(NamedTuple):
 class StepRecord(NamedTuple):
     """What is known after a step: of one scope as numbers, or of all scopes as tensors with an element for each.
 
-    before: the statistics that the step began with. norm: over all ranks. decision: with the statistics that it led to.
-    skipped: whether the optimizer was kept from stepping. counters: of the optimizer as a whole.
+    before: the statistics that the step began with. norm: over all ranks. decision: with the statistics it led to; its
+    `skip` is that of all scopes together. failed: whether the optimizer was kept from stepping because a norm, in any
+    scope or evaluation, was NaN or infinite. counters: of the optimizer as a whole.
     """
 
     before: NormStats
     norm: Scalar
     decision: Decision
-    skipped: Scalar
+    failed: Scalar
     counters: Counters
 
     @classmethod
     def before_any(cls, stats: NormStats, counters: Counters) -> "StepRecord":
         """Before the first step, here or since a checkpoint."""
-        nothing = Decision(1.0, math.nan, math.nan, math.nan, False, stats)
+        nothing = Decision(1.0, math.nan, math.nan, math.nan, False, False, stats)
         return cls(stats, math.nan, nothing, counters.nonfinite_streak > 0, counters)
 
-    def without_streak(self) -> "StepRecord":
-        """The same, with the streak of norms that were not finite at its end."""
-        return self._replace(counters=self.counters._replace(nonfinite_streak=0))
+    @property
+    def skipped(self) -> Scalar:
+        """Whether the optimizer was kept from stepping."""
+        return (self.decision.skip != 0) | (self.failed != 0)
+
+    @property
+    def nonfinite_streak(self) -> Scalar:
+        """How many steps in a row, up to this one, were skipped because their norm was not finite."""
+        return self.counters.nonfinite_streak * (self.failed != 0)
 
     def pack(self) -> list[Scalar]:
-        """All numbers in a row."""
-        return [*self.before, self.norm, *self.decision[:-1], *self.decision.stats, self.skipped, *self.counters]
+        """All values in a row, in the order of `FIELDS`."""
+        return _leaves(self)
 
     @classmethod
     def unpack(cls, row: Sequence[Scalar]) -> "StepRecord":
         """The inverse of `pack`."""
-        before, norm, decision, stats, skipped, counters = row[:5], row[5], row[6:11], row[11:16], row[16], row[17:]
-        decided = Decision._make([*decision, NormStats(*stats)])
-        return cls(NormStats(*before), norm, decided, skipped, Counters(*counters))
+        record: StepRecord = _rebuilt(_EXAMPLE, dict(zip(FIELDS, row, strict=True)))
+        return record
+
+    @classmethod
+    def unpack_numbers(cls, row: Sequence[float]) -> "StepRecord":
+        """The same with counts as the integers that they are, and flags as booleans."""
+        return cls.unpack([kind(value) for kind, value in zip(FIELDS.values(), row, strict=True)])
+
+
+def _leaves(values: tuple[Any, ...]) -> list[Any]:
+    return [leaf for value in values for leaf in (_leaves(value) if isinstance(value, tuple) else [value])]
+
+
+def _names(record: Any, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, value in zip(record._fields, record, strict=True):
+        names += _names(value, f"{prefix}{name}.") if isinstance(value, tuple) else [prefix + name]
+    return names
+
+
+def _rebuilt(like: Any, named: Mapping[str, Any], prefix: str = "") -> Any:
+    """A tuple of the kind of `like`, with its values by their names."""
+    return type(like)(
+        *[
+            _rebuilt(value, named, f"{prefix}{name}.") if isinstance(value, tuple) else named[prefix + name]
+            for name, value in zip(like._fields, like, strict=True)
+        ]
+    )
+
+
+_EXAMPLE = StepRecord.before_any(NormStats(), Counters())
+FIELDS = dict(zip(_names(_EXAMPLE), map(type, _leaves(_EXAMPLE)), strict=True))  # "decision.stats.step": int, ...
 
 
 class SavedState(NamedTuple):
@@ -62,9 +103,10 @@ class SavedState(NamedTuple):
     counters: Counters
 
 
-def to_flat(stats: NormStats, counters: Counters, scope: str) -> dict[str, Any]:
+def to_flat(record: StepRecord, scope: str) -> dict[str, Any]:
     """What one param group carries: the statistics that apply to it, and the counters."""
-    fields = {"version": VERSION, "scope": scope, **stats._asdict(), **counters._asdict()}
+    counters = Counters(record.counters.skipped_steps, record.nonfinite_streak)
+    fields = {"version": VERSION, "scope": scope, **record.decision.stats._asdict(), **counters._asdict()}
     return {f"zclip_{name}": value for name, value in fields.items()}
 
 

@@ -3,10 +3,10 @@
 import warnings
 from typing import Any
 
+from zclip_optim.algorithm import ZClipConfig
 from zclip_optim.health import ZClipWarning
 from zclip_optim.integrations import metrics_to_log, missing_extra
 from zclip_optim.optimizer import ZClipOptimizer
-from zclip_optim.zclip import ZClipConfig
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

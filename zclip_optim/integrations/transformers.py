@@ -1,6 +1,5 @@
 """Hugging Face Trainer: a callback that logs what the `ZClipOptimizer` given to the Trainer does."""
 
-import inspect
 import warnings
 from typing import Any
 
@@ -9,8 +8,7 @@ from zclip_optim.integrations import metrics_to_log, missing_extra
 from zclip_optim.optimizer import ZClipOptimizer
 
 try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-    from transformers.trainer_callback import CallbackHandler
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
     raise ImportError(missing_extra("transformers")) from error
 
@@ -21,6 +19,9 @@ class ZClipCallback(TrainerCallback):
     The keys are ``zclip/grad_norm``, ``clipped_norm``, ``clip_coef``, ``threshold``, ``z_score``, ``mean``, ``std`` and
     ``clip_rate``, of the step that is logged; the metrics are read on that step only. The optimizer itself clips, saves
     and resumes without this callback.
+
+    `attach` puts it before the Trainer's loggers. With ``callbacks=[ZClipCallback()]`` it comes after them, since the
+    Trainer's own callbacks are first: ``log_history`` has the metrics then, the loggers have not.
 
     Raises:
         TypeError: when training starts, if the Trainer's optimizer is not a `ZClipOptimizer`; says how to pass one.
@@ -34,13 +35,28 @@ class ZClipCallback(TrainerCallback):
         >>> arguments = TrainingArguments(tempfile.mkdtemp(), max_grad_norm=0.0, report_to="none")
         >>> model = torch.nn.Linear(4, 1)
         >>> optimizer = ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4))
-        >>> trainer = Trainer(model, arguments, optimizers=(optimizer, None), callbacks=[ZClipCallback()])
+        >>> trainer = Trainer(model, arguments, optimizers=(optimizer, None))
+        >>> callback = ZClipCallback.attach(trainer)
     """
+
+    @classmethod
+    def attach(cls, trainer: Trainer) -> "ZClipCallback":
+        """Add one to a Trainer, as the first of its callbacks, before training.
+
+        Args:
+            trainer: the loggers among its callbacks all get the same dict, one after the other.
+
+        Returns:
+            The callback.
+        """
+        callback = cls()
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the Trainer's settings, and get in line before its loggers."""
+        """Check the Trainer's settings."""
         _find_zclip(kwargs["optimizer"])
         if args.max_grad_norm:
             warnings.warn(
@@ -50,10 +66,6 @@ class ZClipCallback(TrainerCallback):
                 ZClipWarning,
                 stacklevel=2,
             )
-        handler = _calling_handler()
-        if handler is not None:  # the loggers all get the same dict, one after the other
-            handler.callbacks.remove(self)
-            handler.callbacks.insert(0, self)
 
     def on_log(
         self,
@@ -83,18 +95,3 @@ def _find_zclip(optimizer: Any) -> ZClipOptimizer:
             )
         inner = inner.optimizer
     return inner
-
-
-def _calling_handler() -> CallbackHandler | None:
-    """The handler that is calling a callback.
-
-    The Trainer puts its loggers before the callbacks that it is given, and tells callbacks nothing of each other: the
-    calling frames alone know.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            return handler
-        frame = frame.f_back
-    return None

@@ -1,0 +1,260 @@
+"""The paper: configuration, running statistics and the decision for one step. Numbers in, numbers out.
+
+Nothing here knows of gradients, parameters, optimizers or devices, so the module also serves people who have a gradient
+norm of their own (DeepSpeed and Megatron report one):
+
+>>> config, stats = ZClipConfig(warmup_steps=2), NormStats()
+>>> for norm in (1.0, 1.2, 9.0):
+...     decision = decide(norm, stats, config)
+...     stats = decision.stats
+>>> decision.is_spike, round(decision.clipped_norm, 3)
+(True, 1.108)
+
+The same lines run on Python floats and on tensors: instead of a branch both sides are computed and selected from, so
+that on an accelerator the host never reads a value back. Branches depend on the configuration alone.
+
+References:
+    Kumar, Owen, Roy Chowdhury, Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", arXiv:2504.02507.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from statistics import NormalDist
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+Scalar: TypeAlias = Any  # a Python number, or a tensor: of one value without dimensions, of all scopes with one
+
+TINY = 2.0**-126  # stands in for a z-score denominator of 0; a normal number in float32 too
+
+
+def _option(default: Any, expected: str, parse: Callable[[Any], Any]) -> Any:
+    """A field of `ZClipConfig`: `parse` returns the value to keep, or raises ValueError if it is not `expected`."""
+    return dataclasses.field(default=default, metadata={"expected": expected, "parse": parse})
+
+
+def _real(default: float | None, expected: str, in_range: Callable[[float], bool]) -> Any:
+    def parse(value: Any) -> float | None:
+        if value is None and default is None:
+            return None
+        if not isinstance(value, Real) or isinstance(value, bool) or not _is_finite(value):
+            raise ValueError
+        if not in_range(float(value)):
+            raise ValueError
+        return float(value)
+
+    return _option(default, expected + (" or None" if default is None else ""), parse)
+
+
+def _count(default: int | None, optional: bool = False) -> Any:
+    def parse(value: Any) -> int | None:
+        if value is None and optional:
+            return None
+        if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
+            raise ValueError
+        return int(value)
+
+    return _option(default, "an integer >= 1" + (" or None" if optional else ""), parse)
+
+
+def _choice(*choices: str) -> Any:
+    """One of these, the first by default."""
+
+    def parse(value: Any) -> Any:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError
+        return value
+
+    return _option(choices[0], "one of " + ", ".join(map(repr, choices)), parse)
+
+
+def _flag() -> Any:
+    def parse(value: Any) -> Any:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+
+    return _option(False, "True or False", parse)
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ZClipConfig:
+    """The hyperparameters of ZClip, validated; `ZClipOptimizer` documents each of them.
+
+    After construction `clip_option` holds no alias and `z_thresh` is what a `percentile` stands for.
+
+    Raises:
+        ValueError: an argument is out of its range; names the argument, the value and the range.
+
+    >>> ZClipConfig(mode="percentile", percentile=0.99).z_thresh
+    2.3263478740408408
+    """
+
+    alpha: float = _real(0.97, "a number with 0 <= alpha < 1", lambda x: 0 <= x < 1)
+    z_thresh: float = _real(2.5, "a finite number > 0", lambda x: x > 0)
+    mode: str = _choice("zscore", "percentile")
+    clip_option: str = _choice("adaptive_scaling", "reciprocal", "mean", "max")
+    percentile: float | None = _real(None, "a number with 0.5 < percentile < 1", lambda x: 0.5 < x < 1)
+    clip_factor: float = _real(1.0, "a finite number > 0", lambda x: x > 0)
+    max_grad_norm: float | None = _real(None, "a finite number > 0", lambda x: x > 0)
+    warmup_steps: int = _count(25)
+    eps: float = _real(1e-6, "a finite number >= 0", lambda x: x >= 0)
+    skip_update_on_spike: bool = _flag()
+    patience: int | None = _count(25, optional=True)
+    nonfinite: str = _choice("skip", "raise", "pass")
+    max_consecutive_nonfinite: int | None = _count(25, optional=True)
+    scope: str = _choice("global", "group")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            try:
+                object.__setattr__(self, field.name, field.metadata["parse"](value))
+            except ValueError:
+                raise ValueError(f"{field.name} must be {field.metadata['expected']}, got {value!r}") from None
+        if self.clip_option == "reciprocal":
+            object.__setattr__(self, "clip_option", "adaptive_scaling")
+        if self.percentile is not None:
+            if self.mode != "percentile":
+                raise ValueError(f'percentile must be None unless mode="percentile", got {self.percentile!r}')
+            object.__setattr__(self, "z_thresh", NormalDist().inv_cdf(self.percentile))
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether there are norms at which the optimizer must not step."""
+        return self.nonfinite != "pass"
+
+
+class NormStats(NamedTuple):
+    """Running statistics of the gradient norm.
+
+    mean, var: mu (gradient-norm units) and sigma^2 (squared); exact during warm-up, exponential averages after it.
+    step: finite, non-zero norms seen. streak: consecutive spikes up to now. clipped_steps: all spikes up to now.
+    """
+
+    mean: Scalar = 0.0
+    var: Scalar = 0.0
+    step: Scalar = 0
+    streak: Scalar = 0
+    clipped_steps: Scalar = 0
+
+
+class Decision(NamedTuple):
+    """What to do with the gradients of one step.
+
+    clip_coef: factor in (0, 1] for every gradient; exactly 1 on a step that is not clipped.
+    clipped_norm: the norm once `clip_coef` is applied.
+    threshold: on a spike the norm that replaces it; otherwise the norm above which it would have been one (infinite
+        during warm-up).
+    z_score: z_t of the norm; NaN during warm-up and for a norm that is zero or not finite.
+    is_spike: z_t > z_thresh, once warm-up is over.
+    skip: the optimizer must not step, because the norm is not finite, unless ``nonfinite="pass"``.
+    stats: the statistics for the next step.
+    """
+
+    clip_coef: Scalar
+    clipped_norm: Scalar
+    threshold: Scalar
+    z_score: Scalar
+    is_spike: Scalar
+    skip: Scalar
+    stats: NormStats
+
+
+def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
+    """Decide whether `norm` is a spike, what it is clipped to, and what the statistics become.
+
+        z_t = (g_t - mu) / (sigma + eps mu),   spike: z_t > z_thresh
+
+    A norm that is zero, infinite or NaN is left alone (coefficient 1) and never enters the statistics.
+
+    Args:
+        norm: global gradient norm g_t, >= 0; a float, or a floating-point tensor.
+        stats: statistics of the steps before; of the same kind, device and shape as `norm`.
+        config: hyperparameters.
+
+    Returns:
+        The `Decision`, of the same kind, device and shape as `norm`.
+    """
+    mean, std, warm = stats.mean, stats.var**0.5, stats.step >= config.warmup_steps
+    usable = (norm > 0) & (norm < math.inf)
+    g = where(usable, norm, 1.0)  # some number to go on with, where the norm is left alone
+    # z_t = (g_t - mu) / (sigma + eps mu)
+    scale = std + config.eps * mean
+    z = (g - mean) / where(scale > 0, scale, TINY)
+    is_spike = warm & (z > config.z_thresh)
+    # g*_t is the threshold on a spike, unless `clip_factor` > 1 lifts that over g_t, and g_t otherwise
+    threshold = _spike_threshold(where(is_spike, z, config.z_thresh), mean, std, config)
+    g_star = where(is_spike & (threshold < g), threshold, g)
+    capped = _capped(g_star, config.max_grad_norm)
+    ordinary = where(warm, mean + config.z_thresh * scale, math.inf)
+    after = _updated(g_star, is_spike, stats, config)
+    limit = where(is_spike, threshold, ordinary)
+    clipped = Decision(capped / g, capped, limit, where(warm, z, math.nan), is_spike, False, after)
+    skip = is_not_finite(norm) & (config.nonfinite != "pass")
+    left_alone = Decision(1.0, norm, ordinary, math.nan, False, skip, stats)
+    decision: Decision = where(usable, clipped, left_alone)
+    return decision
+
+
+def _spike_threshold(z: Scalar, mean: Scalar, std: Scalar, config: ZClipConfig) -> Scalar:
+    if config.mode == "percentile" or config.clip_option == "max":
+        return mean + config.z_thresh * std
+    if config.clip_option == "mean":
+        return mean
+    xi = config.z_thresh * (config.z_thresh / z)
+    return mean + config.clip_factor * xi * std
+
+
+def _capped(g_star: Scalar, cap: float | None) -> Scalar:
+    return g_star if cap is None else where(g_star < cap, g_star, cap)
+
+
+def _updated(g_star: Scalar, is_spike: Scalar, stats: NormStats, config: ZClipConfig) -> NormStats:
+    mean, var, step, streak, clipped_steps = stats
+    impatient, fed = False, g_star
+    if config.patience is not None:  # after so many spikes in a row the averages are fed the winsorised norm
+        impatient = is_spike & (streak >= config.patience)
+        std, floor = var**0.5, config.eps * mean
+        fed = where(impatient, mean + config.z_thresh * where(std > floor, std, floor), g_star)
+    new_mean, new_var = _averaged(fed, stats, config)
+    if config.skip_update_on_spike:
+        held = is_spike & (impatient == 0)
+        new_mean, new_var = where(held, mean, new_mean), where(held, var, new_var)
+    return NormStats(new_mean, new_var, step + 1, where(is_spike, streak + 1, 0), clipped_steps + is_spike)
+
+
+def _averaged(g_star: Scalar, stats: NormStats, config: ZClipConfig) -> tuple[Scalar, Scalar]:
+    """Mean and variance with one norm more: exponential averages, in warm-up the exact ones (Welford)."""
+    mean, var, step, _, _ = stats
+    warm, count = step >= config.warmup_steps, step + 1
+    alpha, beta = config.alpha, 1 - config.alpha
+    # mu <- alpha mu + (1 - alpha) g*_t;   sigma^2 <- alpha sigma^2 + (1 - alpha) (g*_t - mu)^2 with the new mu
+    new_mean = where(warm, alpha * mean + beta * g_star, mean + (g_star - mean) / count)
+    deviation = g_star - new_mean
+    exact_var = var + ((g_star - mean) * deviation - var) / count
+    return new_mean, where(warm, alpha * var + beta * deviation * deviation, exact_var)
+
+
+def is_not_finite(norm: Scalar) -> Scalar:
+    """Whether a norm, which is never negative, is NaN or infinite."""
+    return (norm != norm) | (norm == math.inf)
+
+
+def where(condition: Scalar, x: Any, y: Any) -> Any:
+    """`torch.where` for numbers and tensors, and for tuples of them."""
+    if not isinstance(condition, torch.Tensor):
+        return x if condition else y
+    if isinstance(x, tuple):
+        return type(x)(*[where(condition, *pair) for pair in zip(x, y, strict=True)])
+    return torch.where(condition, x, y)

@@ -1,0 +1,223 @@
+"""The running state of a clipper in its two homes: numbers on the host, or one tensor on an accelerator.
+
+Both take a step by the same function, `advance`, which is written once for numbers and tensors as `decide` is, and both
+have the same three methods: `step`, `read` and `write`.
+"""
+
+import functools
+import math
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zclip_optim.algorithm import Decision, Scalar, ZClipConfig, decide, is_not_finite, where
+from zclip_optim.health import ZClipWarning
+from zclip_optim.norm import wide_dtype
+from zclip_optim.state import Counters, StepRecord
+
+COMPILED_ON = ("cuda", "xpu")  # where torch.compile makes one kernel of what are some hundred tiny ones
+
+
+class Verdict(NamedTuple):
+    """What is to be done with the gradients.
+
+    coefs: the factor for the gradients of each scope: numbers, or a tensor with an element for each.
+    skip: whether the optimizer must not step: a bool, or a tensor of one element; the record knows why.
+    """
+
+    coefs: Any
+    skip: Any
+
+
+def advance(
+    records: Sequence[StepRecord], norms: Sequence[Scalar], config: ZClipConfig, new_step: bool
+) -> tuple[list[StepRecord], list[Scalar], Scalar]:
+    """Take one step, or one further evaluation of a closure within it.
+
+    Args:
+        records: of the step before, one per scope; or a single one of tensors with an element per scope.
+        norms: of the same kinds.
+        config: hyperparameters.
+        new_step: False for a further evaluation: it is decided on by the statistics that the step began with, and
+            changes nothing but what is known of norms that are not finite.
+
+    Returns:
+        The records of this step, the coefficients, both like `records`, and whether the optimizer must not step.
+    """
+    total = _total(norms)
+    failed = is_not_finite(total)
+    decisions = []
+    for record, norm in zip(records, norms, strict=True):
+        stats = record.decision.stats if new_step else record.before
+        # If the norm of one scope is not finite, the step is not taken and the statistics of none move.
+        decisions.append(decide(where(failed, total, norm), stats, config))
+    skip = _any([decision.skip for decision in decisions])
+    refused = failed & (config.nonfinite != "pass")
+    if new_step:
+        after = [_begun(*each, skip, refused) for each in zip(records, norms, decisions, strict=True)]
+    else:
+        after = [_went_on(record, refused) for record in records]
+    return after, [decision.clip_coef for decision in decisions], skip
+
+
+def _begun(before: StepRecord, norm: Scalar, decided: Decision, skip: Scalar, refused: Scalar) -> StepRecord:
+    """The record of a step after its first evaluation."""
+    coef, clipped_norm, threshold, z_score, is_spike, _, stats = decided
+    decision = Decision(coef, clipped_norm, threshold, z_score, is_spike, skip, stats)
+    counters = Counters(before.counters.skipped_steps + skip, before.nonfinite_streak + refused)
+    return StepRecord(before.decision.stats, norm, decision, refused, counters)
+
+
+def _went_on(record: StepRecord, refused: Scalar) -> StepRecord:
+    """The record after a further evaluation; what is not finite counts once per step."""
+    before, norm, decision, failed, (skipped_steps, streak) = record
+    counters = Counters(skipped_steps + (refused & (record.skipped == 0)), streak + (refused & (failed == 0)))
+    return StepRecord(before, norm, decision, refused | (failed != 0), counters)
+
+
+def _total(norms: Sequence[Scalar]) -> Scalar:
+    """The norm over all scopes."""
+    first = norms[0]
+    if isinstance(first, Tensor):
+        return first if len(first) == 1 else torch.linalg.vector_norm(first, keepdim=True)
+    return first if len(norms) == 1 else math.hypot(*norms)
+
+
+def _any(flags: Sequence[Scalar]) -> Scalar:
+    """Whether a flag of any scope is set."""
+    return flags[0].any(0, keepdim=True) if isinstance(flags[0], Tensor) else any(flags)
+
+
+class HostState:
+    """One `StepRecord` per scope, as numbers."""
+
+    device: torch.device | None = None
+
+    def __init__(self, records: Sequence[StepRecord]) -> None:
+        self.records = list(records)
+
+    @property
+    def n_scopes(self) -> int:
+        """How many records there are."""
+        return len(self.records)
+
+    def step(self, norms: Sequence[float], config: ZClipConfig, new_step: bool) -> Verdict:
+        """Decide on the norms of all scopes; see `advance`."""
+        self.records, coefs, skip = advance(self.records, norms, config, new_step)
+        return Verdict(coefs, skip)
+
+    def read(self) -> list[StepRecord]:
+        """The records, one per scope."""
+        return self.records
+
+    def write(self, records: Sequence[StepRecord]) -> None:
+        """Go on from other records of as many scopes."""
+        self.records = list(records)
+
+
+class DeviceState:
+    """One `StepRecord` per scope, in one tensor of shape (values, scopes).
+
+    What a step costs here is kernel launches, as many for one scope as for a hundred; nothing is read back. The tensor
+    keeps its place in memory, so a CUDA graph captured around the step goes on from its own results.
+
+    Args:
+        records: where to start, one per scope, on the host.
+        device: of the gradients.
+
+    Attributes:
+        last_read: the records as the host knows them, without waiting.
+    """
+
+    def __init__(self, records: Sequence[StepRecord], device: torch.device) -> None:
+        self.device = device
+        self.values = _packed(records).to(device, wide_dtype(device))
+        self.last_read = list(records)
+        self._is_behind = False  # what was read last is not what the device has
+        self._was_captured = False  # so there may be steps that nobody here hears of
+
+    @property
+    def n_scopes(self) -> int:
+        """How many records there are."""
+        return self.values.shape[1]
+
+    @torch.no_grad()
+    def step(self, norms: Tensor, config: ZClipConfig, new_step: bool) -> Verdict:
+        """Decide on the norms of all scopes, a tensor with an element for each; see `advance`."""
+        self._was_captured = self._was_captured or _is_capturing(self.values)
+        self._is_behind = True
+        return Verdict(*_advance_on(self.device.type, config, len(norms))(self.values, norms, config, new_step))
+
+    def read(self) -> list[StepRecord]:
+        """The records on the host, one per scope; waits for the device, but not twice for one step."""
+        if self._is_behind:
+            self.last_read = self._transferred()
+            self._is_behind = self._was_captured
+        return self.last_read
+
+    def _transferred(self) -> list[StepRecord]:
+        return [StepRecord.unpack_numbers(row) for row in self.values.t().tolist()]
+
+    def write(self, records: Sequence[StepRecord]) -> None:
+        """Go on from other records of as many scopes."""
+        self.values.copy_(_packed(records))
+        self.last_read = list(records)
+        self._is_behind = self._was_captured
+
+    def note_finite(self) -> None:
+        """Somebody has read that the norm of the last step was finite: that much of the records is known."""
+        self.last_read = [record._replace(failed=False) for record in self.last_read]
+
+
+def _is_capturing(values: Tensor) -> bool:
+    return values.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _packed(records: Sequence[StepRecord]) -> Tensor:
+    return torch.tensor([record.pack() for record in records], dtype=torch.float64).t().contiguous()
+
+
+Advance = Callable[[Tensor, Tensor, ZClipConfig, bool], tuple[Tensor, Tensor]]
+
+
+def _advance_in_place(values: Tensor, norms: Tensor, config: ZClipConfig, new_step: bool) -> tuple[Tensor, Tensor]:
+    (record,), (coefs,), skip = advance([StepRecord.unpack(values.unbind())], [norms], config, new_step)
+    zeros = torch.zeros_like(norms)
+    values.copy_(torch.stack([zeros + value for value in record.pack()]))
+    return coefs, skip
+
+
+@functools.cache
+def _advance_on(device_type: str, config: ZClipConfig, n_scopes: int) -> Advance:
+    """`_advance_in_place` as it is fastest on a kind of device; how that is, its first call finds out."""
+    return _FirstCompiled() if device_type in COMPILED_ON else _advance_in_place
+
+
+class _FirstCompiled:
+    """Compiled, or as it is where the first call shows that torch cannot compile it; later errors are the caller's."""
+
+    def __init__(self) -> None:
+        # Of a code object of its own: torch compiles each a few times, then gives up.
+        own = types.FunctionType(_advance_in_place.__code__.replace(), _advance_in_place.__globals__)
+        self._compiled: Advance = torch.compile(own, fullgraph=True, dynamic=False)
+        self._chosen: Advance | None = None
+
+    def __call__(self, values: Tensor, norms: Tensor, config: ZClipConfig, new_step: bool) -> tuple[Tensor, Tensor]:
+        if self._chosen is not None:
+            return self._chosen(values, norms, config, new_step)
+        try:
+            result = self._compiled(values, norms, config, new_step)
+            self._chosen = self._compiled
+        except Exception as error:  # no Triton, no C compiler, an old driver: whatever keeps torch from compiling
+            self._chosen = _advance_in_place
+            warnings.warn(
+                f"the decision runs as many small kernels, torch.compile cannot make it one here: {error}",
+                ZClipWarning,
+                stacklevel=2,
+            )
+            result = self._chosen(values, norms, config, new_step)
+        return result
