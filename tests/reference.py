@@ -18,25 +18,27 @@ class ReferenceZClip:
         max_grad_norm=None,
         warmup_steps=25,
         eps=1e-6,
+        alpha_down=None,
         skip_update_on_spike=False,
-        patience=25,
+        z_skip=None,
+        patience=None,
     ):
         self.alpha, self.mode, self.clip_option, self.clip_factor = alpha, mode, clip_option, clip_factor
         self.z_thresh = z_thresh if percentile is None else NormalDist().inv_cdf(percentile)
         self.max_grad_norm, self.warmup_steps, self.eps = max_grad_norm, warmup_steps, eps
         self.skip_update_on_spike, self.patience = skip_update_on_spike, patience
+        self.alpha_down, self.z_skip = alpha_down, z_skip
         self.warmup_norms = []
         self.mean = self.var = 0.0
         self.streak = self.clipped_steps = 0
-        self.spike = False
+        self.spike = self.skip = False
 
     def step(self, norm):
-        self.spike = False
+        self.spike = self.skip = False
         if norm == 0 or not math.isfinite(norm):
             return norm
         if len(self.warmup_norms) < self.warmup_steps:
-            self.warmup_norms.append(norm)
-            self.mean, self.var = fmean(self.warmup_norms), pvariance(self.warmup_norms)
+            self.warm_up(norm)
             return self.cap(norm)
         sigma = math.sqrt(self.var)
         z = (norm - self.mean) / (sigma + self.eps * self.mean)
@@ -46,13 +48,31 @@ class ReferenceZClip:
             self.feed(norm)
             return self.cap(norm)
         clipped = min(norm, self.threshold(z, sigma))
-        if self.patience is not None and self.streak >= self.patience:
-            self.feed(self.mean + self.z_thresh * max(sigma, self.eps * self.mean))
-        elif not self.skip_update_on_spike:
-            self.feed(clipped)
+        self.skip = self.z_skip is not None and z > self.z_skip and self.streak < 3
+        self.learn_from_spike(clipped, sigma)
         self.streak += 1
         self.clipped_steps += 1
         return self.cap(clipped)
+
+    def warm_up(self, norm):
+        self.warmup_norms.append(norm)
+        n = len(self.warmup_norms) - 1  # norms seen before
+        if self.alpha_down is None:
+            self.mean, self.var = fmean(self.warmup_norms), pvariance(self.warmup_norms)
+            return
+        keep = n / (n + 1)
+        old_mean = self.mean
+        self.mean += (1 - (keep if norm >= self.mean else min(keep, self.alpha_down))) * (norm - self.mean)
+        self.var = keep * self.var + (1 - keep) * (norm - old_mean) * (norm - self.mean)
+
+    def learn_from_spike(self, clipped, sigma):
+        if self.patience is not None and self.streak >= self.patience:
+            self.mean *= 2 ** (1 / 1000)
+            self.var = (sigma * 2 ** (1 / 1000)) ** 2
+        elif not self.skip_update_on_spike:
+            self.feed(clipped)
+            if self.patience is not None and self.streak >= 10:
+                self.var = max(self.var, sigma**2)
 
     def threshold(self, z, sigma):
         if self.mode == "percentile" or self.clip_option == "max":
@@ -62,7 +82,8 @@ class ReferenceZClip:
         return self.mean + self.clip_factor * (self.z_thresh**2 / z) * sigma
 
     def feed(self, norm):
-        self.mean = self.alpha * self.mean + (1 - self.alpha) * norm
+        keep = self.alpha if norm >= self.mean or self.alpha_down is None else self.alpha_down
+        self.mean = keep * self.mean + (1 - keep) * norm
         self.var = self.alpha * self.var + (1 - self.alpha) * (norm - self.mean) ** 2
 
     def cap(self, norm):

@@ -231,9 +231,53 @@ class TestGroupScope:
         assert [m.step for m in clipper.group_metrics] == [2, 1]
 
 
+class TestSkippedSpikes:
+    def test_metrics_tell_the_reason(self):
+        clipper = ZClip(warmup_steps=4, z_skip=6.0)
+        *_, spike, bad, spikes = (
+            feed(clipper, norms)[-1] for norms in ([1.0, 1.1] * 4, [50.0], [math.nan], [50.0, 50.0, 50.0])
+        )
+        assert (spike.skipped, spike.clipped, spike.skipped_steps, spike.step) == (True, True, 1, 9)
+        assert (bad.skipped, bad.clipped, bad.skipped_steps, bad.step) == (True, False, 2, 9)
+        assert (spikes.skipped, spikes.clipped, spikes.skipped_steps) == (False, True, 4)
+        assert spike.as_dict()["zclip/skipped"] == spike.as_dict()["zclip/clipped"] == 1.0
+
+    def test_spikes_are_not_counted_among_norms_that_are_not_finite(self):
+        clipper = ZClip(warmup_steps=4, z_skip=6.0, max_consecutive_nonfinite=2, nonfinite="raise")
+        feed(clipper, [1.0, 1.1] * 4 + [50.0] * 5)
+        assert clipper.metrics.skipped_steps == 3
+        assert clipper.state_dict()["groups"][0]["zclip_nonfinite_streak"] == 0
+
+    @pytest.mark.parametrize("nonfinite", ["skip", "raise", "pass"])
+    def test_whatever_is_done_about_nan(self, nonfinite):
+        clipper = ZClip(warmup_steps=4, z_skip=6.0, nonfinite=nonfinite)
+        feed(clipper, [1.0, 1.1] * 4)
+        assert not clipper.step_was_skipped
+        feed(clipper, [50.0])
+        assert clipper.step_was_skipped
+
+    def test_one_group_is_enough(self):
+        groups = [{"params": [nn.Parameter(torch.zeros(3))]} for _ in range(2)]
+        clipper = ZClip(warmup_steps=4, z_skip=6.0, scope="group")
+        for second in (1.0, 1.1, 1.0, 1.1, 1.0, 50.0):
+            set_gradients(groups[0]["params"], 1.0)
+            set_gradients(groups[1]["params"], second)
+            clipper.step(groups)
+        assert clipper.step_was_skipped
+        assert [m.skipped for m in clipper.group_metrics] == [True, True]
+        assert [m.clipped for m in clipper.group_metrics] == [False, True]
+        assert [m.step for m in clipper.group_metrics] == [6, 6]
+        assert clipper.metrics.skipped_steps == 1
+
+
 class TestState:
-    @pytest.mark.filterwarnings("ignore:.*a new regime:zclip_optim.ZClipWarning")
-    @given(st.integers(0, 60), st.sampled_from([{}, {"clip_option": "mean"}, {"patience": 2}, {"scope": "group"}]))
+    @pytest.mark.filterwarnings("ignore:.*spikes in a row:zclip_optim.ZClipWarning")
+    @given(
+        st.integers(0, 60),
+        st.sampled_from(
+            [{}, {"clip_option": "mean"}, {"patience": 2}, {"alpha_down": 0.8, "z_skip": 6.0}, {"scope": "group"}]
+        ),
+    )
     def test_resume_at_any_step_equals_the_uninterrupted_run(self, cut, options):
         norms = ([1.0, 1.1, 0.9, 1.2] * 3 + [40.0, 41.0, 42.0, math.nan, 0.0, 1.3, 1.0, 1.1]) * 3
         torch.manual_seed(0)

@@ -139,6 +139,38 @@ def test_a_device_that_nothing_can_be_read_from(scope):
         _ = optimizer.metrics
 
 
+@pytest.mark.filterwarnings("ignore::zclip_optim.ZClipWarning")
+@pytest.mark.parametrize("nonfinite", ["skip", "pass"])
+@pytest.mark.parametrize("make_base", FUSED.values(), ids=FUSED.keys())
+def test_spikes_above_z_skip_are_skipped_as_on_the_host(make_base, nonfinite, monkeypatch):
+    norms = [norm for norm in make_steps() if math.isfinite(norm)]
+    options = {"z_skip": 6.0, "alpha_down": 0.8, "nonfinite": nonfinite}
+    on_host, at_the_end = run(make_base, norms, **options)
+    monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: True)
+    metrics, parameters = run(make_base, norms, **options)
+    assert [m.skipped for m in metrics] == [m.skipped for m in on_host]
+    assert 2 < metrics[-1].skipped_steps < metrics[-1].clipped_steps
+    torch.testing.assert_close(parameters, at_the_end, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "pass"])
+@pytest.mark.parametrize("make_base", SKIPS_IN_THE_KERNEL.values(), ids=SKIPS_IN_THE_KERNEL.keys())
+def test_the_kernel_skips_a_spike_unseen(make_base, nonfinite, on_device):
+    p = torch.nn.Parameter(torch.randn(50))
+    optimizer = ZClipOptimizer(make_base([p]), warmup_steps=3, z_skip=6.0, nonfinite=nonfinite)
+    for norm in (1.0, 1.1, 1.2, 1.1):
+        set_gradients([p], norm)
+        optimizer.step()
+    before, state = p.detach().clone(), repr(optimizer.base_optimizer.state_dict()["state"])
+    set_gradients([p], 50.0)
+    with CountReads() as mode:
+        optimizer.step()
+    assert mode.reads == 0
+    assert torch.equal(p, before)
+    assert repr(optimizer.base_optimizer.state_dict()["state"]) == state
+    assert optimizer.step_was_skipped
+
+
 def test_metrics_are_transferred_once_per_step_and_only_if_read(on_device, monkeypatch):
     transfers = []
     transferred = DeviceState._transferred

@@ -48,16 +48,21 @@ def test_as_many_as_a_fifth_of_the_steps_is_no_reason():
     assert messages(norms, z_thresh=5.0, alpha=0.99) == []
 
 
-def test_a_new_regime():
-    message, *_ = messages(noise(60) + noise(200, level=40.0))
-    assert message.startswith("more than patience=25 spikes in a row: a new regime")
-    assert "at step 86" in message
-    assert messages(noise(60) + [40.0] * 25 + noise(60)) == []
+def test_a_streak_longer_than_patience():
+    message, *_ = messages(noise(60) + noise(50, level=40.0), patience=25)
+    assert message.startswith(
+        "more than patience=25 spikes in a row, at step 86: until a step is none, mean and std, now"
+    )
+    assert "rise twofold in 1,000 steps, and gradients are still clipped" in message
+    assert "lower the learning rate" in message
+    assert messages(noise(60) + [40.0] * 25 + noise(60), patience=25) == []
 
 
-def test_no_new_regime_without_patience():
-    lasting = messages(noise(60) + noise(140, level=40.0), patience=None)
-    assert all("clipped, at step 200" in message for message in lasting)
+def test_without_patience_many_clipped_steps_tell_what_it_is_for():
+    (message,) = messages(noise(60) + noise(140, level=40.0))
+    assert "clipped, at step 200" in message
+    assert "patience=200 lets the statistics follow slowly" in message
+    assert all("patience=200" not in text for text in messages(noise(60) + noise(140, level=40.0), patience=25))
 
 
 def test_a_warm_up_of_equal_norms_which_were_clipped_before():
@@ -89,8 +94,8 @@ def test_half_way_to_the_limit_of_nonfinite_steps():
 
 def test_each_kind_once_per_run():
     shifts = [norm for k in range(4) for norm in noise(120, level=30.0**k)]
-    said = messages(shifts)
-    assert len([message for message in said if "new regime" in message]) == 1
+    said = messages(shifts, patience=25)
+    assert len([message for message in said if "spikes in a row" in message]) == 1
 
 
 def test_a_warning_points_at_the_line_of_the_user():

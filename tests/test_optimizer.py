@@ -310,6 +310,17 @@ class TestClosure:
             assert not torch.equal(parameters(model), before)
             assert not optimizer.step_was_skipped
 
+    def test_a_spike_that_is_skipped_leaves_the_step_at_its_first_evaluation(self):
+        model = make_model()
+        optimizer = ZClipOptimizer(Extragradient(model.parameters(), lr=0.01), warmup_steps=4, z_skip=6.0)
+        for first, second in [(1.0, 1.0), (1.1, 1.0)] * 3 + [(1.0, 50.0), (50.0, 1.0)]:
+            before = parameters(model)
+            norms = iter([first, second])
+            optimizer.step(lambda norms=norms: set_gradients(model.parameters(), next(norms)))
+            assert optimizer.step_was_skipped == (first == 50.0) == torch.equal(parameters(model), before)
+            assert len(list(norms)) == (first == 50.0)  # a further evaluation is clipped at most
+        assert optimizer.metrics.skipped_steps == 1
+
     @pytest.mark.parametrize("bad_step", [0, 1, 3])
     def test_a_second_evaluation_that_is_not_finite_puts_the_parameters_back(self, bad_step):
         model = make_model()

@@ -25,13 +25,18 @@ OPTIONS = {
     "cap": {"max_grad_norm": 1.05},
     "cap and mean": {"max_grad_norm": 1.02, "clip_option": "mean"},
     "skip_update_on_spike": {"skip_update_on_spike": True},
-    "skip_update_on_spike, paper": {"skip_update_on_spike": True, "patience": None},
+    "skip_update_on_spike, patience": {"skip_update_on_spike": True, "patience": 15},
     "warmup 1": {"warmup_steps": 1},
     "warmup 3": {"warmup_steps": 3},
     "warmup 100": {"warmup_steps": 100},
     "patience 1": {"patience": 1},
     "patience 5, mean": {"patience": 5, "clip_option": "mean"},
-    "paper": {"patience": None},
+    "patience 20": {"patience": 20},
+    "alpha_down": {"alpha_down": 0.8},
+    "alpha_down 0, warmup 100": {"alpha_down": 0.0, "warmup_steps": 100},
+    "alpha_down, patience": {"alpha_down": 0.8, "patience": 15},
+    "z_skip": {"z_skip": 6.0},
+    "z_skip, alpha_down, cap": {"z_skip": 10.0, "alpha_down": 0.8, "max_grad_norm": 1.02},
     "alpha 0": {"alpha": 0.0},
     "alpha 0.9, z 1.5": {"alpha": 0.9, "z_thresh": 1.5},
     "eps 0": {"eps": 0.0},
@@ -83,6 +88,7 @@ def test_follows_the_oracle(options, kind, scale):
         decision = decide(norm * scale, stats, config)
         stats = decision.stats
         assert decision.is_spike == reference.spike
+        assert decision.skip == (reference.skip or not math.isfinite(norm))
         assert_close(decision.clipped_norm, expected)
         assert_close(decision.clip_coef, expected / (norm * scale) if 0 < norm < math.inf else 1.0)
         assert_close(stats.mean, reference.mean)
@@ -129,7 +135,9 @@ some_options = st.fixed_dictionaries(
         "clip_factor": st.floats(0.1, 10),
         "warmup_steps": st.integers(1, 10),
         "skip_update_on_spike": st.booleans(),
-        "patience": st.none() | st.integers(1, 5),
+        "alpha_down": st.none() | st.just(0.0),
+        "z_skip": st.none() | st.floats(5.1, 20),
+        "patience": st.none() | st.integers(1, 30),
     }
 )
 
@@ -149,7 +157,7 @@ def test_nothing_is_scaled_up_or_left_above_threshold_and_cap(norms, options, ca
 def test_scale_free(norms, options, exponent):
     c = 2.0**exponent  # a power of two: every rounding is the same, so no decision can flip
     for one, scaled in zip(run(norms, **options), run([c * norm for norm in norms], **options), strict=True):
-        assert scaled.is_spike == one.is_spike
+        assert (scaled.is_spike, scaled.skip) == (one.is_spike, one.skip)
         assert scaled.threshold == pytest.approx(c * one.threshold)
         assert scaled.clipped_norm == pytest.approx(c * one.clipped_norm)
         assert scaled.z_score == pytest.approx(one.z_score, nan_ok=True)
@@ -175,33 +183,83 @@ def test_zero_and_nonfinite_norms_leave_the_statistics_alone(bad, before):
     assert not decision.is_spike
 
 
-def shifted(sigmas, seed, steps=5000, before=200):
-    rng = random.Random(seed)
-    return [rng.gauss(1.0, 0.05) + (0.05 * sigmas if i >= before else 0.0) for i in range(steps)]
+def shifted(noise, shift, steps, before=500):
+    rng = random.Random(0)
+    return [math.exp(rng.gauss(0, noise)) * (shift if i >= before else 1) for i in range(before + steps)]
 
 
-@pytest.mark.parametrize("sigmas", [10, 100, 1000])
-def test_a_new_regime_is_accepted_by_patience_and_never_by_the_paper(sigmas):
-    for seed in range(5):
-        ours = [d.is_spike for d in run(shifted(sigmas, seed))]
-        paper = [d.is_spike for d in run(shifted(sigmas, seed), patience=None)]
-        assert sum(ours[350:]) < 0.05 * len(ours[350:])
-        assert all(paper[201:])
+@pytest.mark.parametrize("alpha_down", [None, 0.8])
+@pytest.mark.parametrize("noise", [0.05, 0.15, 0.4])
+@pytest.mark.parametrize("shift", [1.5, 4, 20])
+def test_a_lasting_shift_ends_with_patience(shift, noise, alpha_down):
+    grace = int(200 + 1000 * math.log2(shift))
+    norms = shifted(noise, shift, steps=grace + 2000)
+    spikes = [d.is_spike for d in run(norms, patience=200, alpha_down=alpha_down)]
+    ordinary = [d.is_spike for d in run(shifted(noise, 1, steps=2000), alpha_down=alpha_down)]
+    assert sum(spikes[-2000:]) <= 1.5 * sum(ordinary[-2000:]) + 5
 
 
-@pytest.mark.parametrize("eps", [1e-6, 1e-3])
-def test_a_new_regime_is_accepted_after_a_warm_up_without_any_spread(eps):
-    decisions = run([1.0] * 25 + [5.0, 5.1] * 300, eps=eps)
-    assert decisions[25].is_spike
-    assert not decisions[-1].is_spike
+@pytest.mark.parametrize("alpha_down", [None, 0.8])
+@pytest.mark.parametrize("shift", [4, 20, 1000])
+def test_a_lasting_shift_never_ends_by_the_paper(shift, alpha_down):
+    assert all(d.is_spike for d in run(shifted(0.05, shift, steps=3000), alpha_down=alpha_down)[501:])
 
 
-@pytest.mark.parametrize("options", [{}, {"clip_option": "mean"}, {"skip_update_on_spike": True}])
-def test_bursts_within_patience_change_nothing(options):
-    norms = [1.0, 1.1] * 20 + [50.0] * 25 + [1.0, 1.1] * 20
-    ours, paper = run(norms, **options), run(norms, patience=None, **options)
-    assert ours == paper
-    assert [d.is_spike for d in ours] == [40 <= i < 65 for i in range(len(norms))]
+@pytest.mark.parametrize("patience", [15, 200])
+@pytest.mark.parametrize("options", [{}, {"clip_option": "mean"}, {"skip_update_on_spike": True}, {"eps": 1e-3}])
+def test_after_patience_the_statistics_double_in_1000_steps(options, patience):
+    stats = [d.stats for d in run([1.0, 1.1] * 50 + [1e6] * (patience + 1000), patience=patience, **options)]
+    before, after = stats[100 + patience - 1], stats[-1]
+    assert after.mean == pytest.approx(2 * before.mean)
+    assert after.var**0.5 == pytest.approx(2 * before.var**0.5)
+
+
+@given(finite_norms, some_options, st.floats(1e3, 1e30), st.integers(1, 80))
+def test_in_a_streak_past_patience_no_statistic_rises_faster(norms, options, level, length):
+    before = run(norms, **options)[-1].stats
+    decisions = run([norm * level for norm in [1e6] * length], before, **options)
+    for old, new in zip([before, *(d.stats for d in decisions)], decisions, strict=False):
+        if options["patience"] is not None and new.is_spike and old.streak >= options["patience"]:
+            assert new.stats.mean <= old.mean * 2**0.001 * (1 + 1e-12)
+            assert new.stats.var <= old.var * 2**0.002 * (1 + 1e-12)
+
+
+def test_patience_reaches_a_level_after_a_warm_up_without_any_spread():
+    spikes = [d.is_spike for d in run([1.0] * 25 + shifted(0.05, 1.5, steps=1000, before=0), patience=50)]
+    assert all(spikes[25:75])
+    assert sum(spikes[-200:]) < 10
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_option": "mean"}, {"skip_update_on_spike": True}, {"alpha_down": 0.8}])
+def test_bursts_of_ten_spikes_change_nothing(options):
+    norms = [1.0, 1.1] * 20 + [50.0] * 10 + [1.0, 1.1] * 20
+    patient, paper = run(norms, patience=10, **options), run(norms, **options)
+    assert patient == paper
+    assert [d.is_spike for d in paper] == [40 <= i < 50 for i in range(len(norms))]
+
+
+def test_a_falling_norm_is_followed_at_once():
+    norms = [10.0 * 0.98**i + 1 for i in range(400)]
+    slow, fast = ([d.stats.mean for d in run(norms, alpha_down=alpha_down)] for alpha_down in (None, 0.8))
+    assert slow[100] > 1.3 * norms[100]
+    assert fast[100] < 1.1 * norms[100]
+
+
+def test_alpha_down_of_alpha_is_the_paper_after_warm_up():
+    stats = run([1.0, 1.1] * 20)[-1].stats
+    norms = shifted(0.3, 1, steps=500)
+    ours, paper = run(norms, stats, alpha_down=0.97), run(norms, stats)
+    assert [d.is_spike for d in ours] == [d.is_spike for d in paper]
+    assert ours[-1].stats.mean == pytest.approx(paper[-1].stats.mean)
+
+
+def test_spikes_above_z_skip_are_skipped_three_times_in_a_row_and_count_as_clipped():
+    norms = [1.0, 1.1] * 20 + [1.2] + [1.05] + [50.0] * 5 + [1.05] + [50.0]
+    skipping, clipping = run(norms, z_skip=6.0), run(norms)
+    assert [i for i, d in enumerate(skipping) if d.skip] == [42, 43, 44, 48]
+    assert [d._replace(skip=False) for d in skipping] == clipping
+    assert not skipping[40].skip  # a spike, of a z-score below z_skip
+    assert skipping[40].is_spike
 
 
 BAD = {
@@ -216,6 +274,8 @@ BAD = {
     "eps": ([-1e-9, math.inf, math.nan, None, "0"], "finite number >= 0"),
     "skip_update_on_spike": ([0, 1, None, "yes"], "True or False"),
     "patience": ([0, -1, 1.5, "5", True], "integer >= 1 or None"),
+    "alpha_down": ([-0.1, math.nan, "0.8", True], "0 <= alpha_down <= alpha or None"),
+    "z_skip": ([0, -1, math.inf, "6", True], "finite number > z_thresh or None"),
     "nonfinite": (["ignore", None, 0], "one of 'skip', 'raise', 'pass'"),
     "max_consecutive_nonfinite": ([0, -3, 2.0, "5", False], "integer >= 1 or None"),
     "scope": (["layer", None, 1], "one of 'global', 'group'"),
@@ -241,6 +301,20 @@ def test_a_threshold_out_of_reach_never_clips(z_thresh):
     decisions = run([1.0, 1.1, 0.9] * 10 + [1e30], z_thresh=z_thresh)
     assert not any(d.is_spike for d in decisions)
     assert decisions[-1].clip_coef == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha_down": 0.98}, r"alpha_down must be at most alpha=0\.97, got 0\.98"),
+        ({"alpha": 0.5, "alpha_down": 0.6}, r"alpha_down must be at most alpha=0\.5, got 0\.6"),
+        ({"z_skip": 2.5}, r"z_skip must be above z_thresh=2\.5, got 2\.5"),
+        ({"mode": "percentile", "percentile": 0.9999, "z_skip": 3}, r"z_skip must be above z_thresh=3\.7"),
+    ],
+)
+def test_arguments_that_do_not_fit_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        ZClipConfig(**options)
 
 
 def test_percentile_needs_its_mode():

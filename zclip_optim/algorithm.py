@@ -29,6 +29,9 @@ import torch
 Scalar: TypeAlias = Any  # a Python number, or a tensor: of one value without dimensions, of all scopes with one
 
 TINY = 2.0**-126  # stands in for a z-score denominator of 0; a normal number in float32 too
+SKIPS_IN_A_ROW = 3  # spikes of a streak that `z_skip` may leave out: a lasting shift must not stop the training
+STEADY_AFTER = 10  # spikes in a row, after which, with `patience`, a spike no longer narrows the spread
+RISE = 2 ** (1 / 1000)  # of mu and sigma with every spike after `patience` in a row: twofold in 1,000 steps
 
 
 def _option(default: Any, expected: str, parse: Callable[[Any], Any]) -> Any:
@@ -109,8 +112,10 @@ class ZClipConfig:
     max_grad_norm: float | None = _real(None, "a finite number > 0", lambda x: x > 0)
     warmup_steps: int = _count(25)
     eps: float = _real(1e-6, "a finite number >= 0", lambda x: x >= 0)
+    alpha_down: float | None = _real(None, "a number with 0 <= alpha_down <= alpha", lambda x: x >= 0)
     skip_update_on_spike: bool = _flag()
-    patience: int | None = _count(25, optional=True)
+    z_skip: float | None = _real(None, "a finite number > z_thresh", lambda x: x > 0)
+    patience: int | None = _count(None, optional=True)
     nonfinite: str = _choice("skip", "raise", "pass")
     max_consecutive_nonfinite: int | None = _count(25, optional=True)
     scope: str = _choice("global", "group")
@@ -128,17 +133,22 @@ class ZClipConfig:
             if self.mode != "percentile":
                 raise ValueError(f'percentile must be None unless mode="percentile", got {self.percentile!r}')
             object.__setattr__(self, "z_thresh", NormalDist().inv_cdf(self.percentile))
+        if self.alpha_down is not None and self.alpha_down > self.alpha:
+            raise ValueError(f"alpha_down must be at most alpha={self.alpha!r}, got {self.alpha_down!r}")
+        if self.z_skip is not None and self.z_skip <= self.z_thresh:
+            raise ValueError(f"z_skip must be above z_thresh={self.z_thresh!r}, got {self.z_skip!r}")
 
     @property
     def can_skip(self) -> bool:
         """Whether there are norms at which the optimizer must not step."""
-        return self.nonfinite != "pass"
+        return self.nonfinite != "pass" or self.z_skip is not None
 
 
 class NormStats(NamedTuple):
     """Running statistics of the gradient norm.
 
-    mean, var: mu (gradient-norm units) and sigma^2 (squared); exact during warm-up, exponential averages after it.
+    mean, var: mu (gradient-norm units) and sigma^2 (squared); exact during warm-up, but for `alpha_down`, and
+        exponential averages after it.
     step: finite, non-zero norms seen. streak: consecutive spikes up to now. clipped_steps: all spikes up to now.
     """
 
@@ -158,7 +168,8 @@ class Decision(NamedTuple):
         during warm-up).
     z_score: z_t of the norm; NaN during warm-up and for a norm that is zero or not finite.
     is_spike: z_t > z_thresh, once warm-up is over.
-    skip: the optimizer must not step, because the norm is not finite, unless ``nonfinite="pass"``.
+    skip: the optimizer must not step: because the norm is not finite, unless ``nonfinite="pass"``, or for a spike with
+        z_t > z_skip, unless three or more spikes came right before it.
     stats: the statistics for the next step.
     """
 
@@ -199,10 +210,11 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
     capped = _capped(g_star, config.max_grad_norm)
     ordinary = where(warm, mean + config.z_thresh * scale, math.inf)
     after = _updated(g_star, is_spike, stats, config)
-    limit = where(is_spike, threshold, ordinary)
-    clipped = Decision(capped / g, capped, limit, where(warm, z, math.nan), is_spike, False, after)
-    skip = is_not_finite(norm) & (config.nonfinite != "pass")
-    left_alone = Decision(1.0, norm, ordinary, math.nan, False, skip, stats)
+    limit, z_score = where(is_spike, threshold, ordinary), where(warm, z, math.nan)
+    too_far = is_spike & (z > config.z_skip) & (stats.streak < SKIPS_IN_A_ROW) if config.z_skip is not None else False
+    clipped = Decision(capped / g, capped, limit, z_score, is_spike, too_far, after)
+    broken = is_not_finite(norm) & (config.nonfinite != "pass")
+    left_alone = Decision(1.0, norm, ordinary, math.nan, False, broken, stats)
     decision: Decision = where(usable, clipped, left_alone)
     return decision
 
@@ -222,15 +234,16 @@ def _capped(g_star: Scalar, cap: float | None) -> Scalar:
 
 def _updated(g_star: Scalar, is_spike: Scalar, stats: NormStats, config: ZClipConfig) -> NormStats:
     mean, var, step, streak, clipped_steps = stats
-    impatient, fed = False, g_star
-    if config.patience is not None:  # after so many spikes in a row the averages are fed the winsorised norm
-        impatient = is_spike & (streak >= config.patience)
-        std, floor = var**0.5, config.eps * mean
-        fed = where(impatient, mean + config.z_thresh * where(std > floor, std, floor), g_star)
-    new_mean, new_var = _averaged(fed, stats, config)
+    new_mean, new_var = _averaged(g_star, stats, config)
+    if config.patience is not None:
+        # from the 11th spike in a row on:   sigma^2 <- max(sigma^2, what the update gives)
+        new_var = where(is_spike & (streak >= STEADY_AFTER) & (new_var < var), var, new_var)
     if config.skip_update_on_spike:
-        held = is_spike & (impatient == 0)
-        new_mean, new_var = where(held, mean, new_mean), where(held, var, new_var)
+        new_mean, new_var = where(is_spike, mean, new_mean), where(is_spike, var, new_var)
+    if config.patience is not None:
+        # from the spike after `patience` in a row on:   mu <- 2^(1/1000) mu,   sigma <- 2^(1/1000) sigma
+        rising = is_spike & (streak >= config.patience)
+        new_mean, new_var = where(rising, RISE * mean, new_mean), where(rising, RISE**2 * var, new_var)
     return NormStats(new_mean, new_var, step + 1, where(is_spike, streak + 1, 0), clipped_steps + is_spike)
 
 
@@ -241,9 +254,13 @@ def _averaged(g_star: Scalar, stats: NormStats, config: ZClipConfig) -> tuple[Sc
     alpha, beta = config.alpha, 1 - config.alpha
     # mu <- alpha mu + (1 - alpha) g*_t;   sigma^2 <- alpha sigma^2 + (1 - alpha) (g*_t - mu)^2 with the new mu
     new_mean = where(warm, alpha * mean + beta * g_star, mean + (g_star - mean) / count)
+    if config.alpha_down is not None:
+        # below mu with the smaller factor:   mu <- alpha_down mu + (1 - alpha_down) g*_t
+        lower = config.alpha_down * mean + (1 - config.alpha_down) * g_star
+        new_mean = where((g_star < mean) & (lower < new_mean), lower, new_mean)
     deviation = g_star - new_mean
-    exact_var = var + ((g_star - mean) * deviation - var) / count
-    return new_mean, where(warm, alpha * var + beta * deviation * deviation, exact_var)
+    first_var = var + ((g_star - mean) * deviation - var) / count
+    return new_mean, where(warm, alpha * var + beta * deviation * deviation, first_var)
 
 
 def is_not_finite(norm: Scalar) -> Scalar:

@@ -28,14 +28,14 @@ class ZClip:
     Args:
         **options: the keyword arguments of `ZClipOptimizer`, with the same meaning, defaults and errors.
 
-    On an accelerator the statistics stay there: a step reads nothing back but, unless ``nonfinite="pass"``, one flag.
+    On an accelerator the statistics stay there: a step reads nothing back but one flag, if steps may be skipped.
     Reading `metrics`, `step_was_skipped` or `state_dict()` waits for the device, once per step, and `step` does because
     it returns a number. There the warnings come when something is read.
 
     Attributes:
         config: the validated hyperparameters.
         metrics: `ClipMetrics` of the last step.
-        step_was_skipped: whether the last norm was NaN or infinite, so that the optimizer must not step.
+        step_was_skipped: whether the optimizer must not step: the last norm was NaN or infinite, or above `z_skip`.
 
     Example:
         >>> model, clipper = nn.Linear(2, 1), ZClip(warmup_steps=2)
@@ -136,12 +136,13 @@ class ZClip:
 
     def _may_skip_unseen(self, state: DeviceState) -> bool:
         """Not if this step may have to raise; how near `max_consecutive_nonfinite` is, reading the metrics tells."""
-        return self.config.nonfinite == "skip" and state.last_read[0].nonfinite_streak + 1 < self._limit
+        policy, near = self.config.nonfinite, state.last_read[0].nonfinite_streak + 1 >= self._limit
+        return policy == "pass" or (policy == "skip" and not near)
 
     def _raise_if_told_to(self, norms: Iterable[Scalar], gradients: Gradients, ask_others: bool) -> None:
         record = self._wait_for_records()[0]
         streak = record.nonfinite_streak
-        if self.config.nonfinite == "raise" or streak >= self._limit:
+        if record.failed and (self.config.nonfinite == "raise" or streak >= self._limit):
             where = gradients.describe_nonfinite(ask_others=ask_others)
             raise NonFiniteGradientError(
                 f"the gradient norm is {math.hypot(*map(float, norms))}, after {record.decision.stats.step} finite "
@@ -178,7 +179,7 @@ class ZClip:
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last norm was NaN or infinite, so that the optimizer must not step."""
+        """Whether the optimizer must not step: the last norm was NaN or infinite, or a spike above `z_skip`."""
         return bool(self._wait_for_records()[0].skipped)
 
     @property

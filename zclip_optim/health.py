@@ -65,9 +65,9 @@ class Health:
         if old.streak <= self._patience < new.streak:
             self.warn(
                 "regime",
-                f"more than patience={self.config.patience} spikes in a row{self._where(scope)}: a new regime of the "
-                f"gradient norm was accepted at step {new.step}, and its mean, now {new.mean:.4g}, follows. If the run "
-                "is diverging, lower the learning rate; a larger patience waits longer, patience=None for ever",
+                f"more than patience={self.config.patience} spikes in a row{self._where(scope)}, at step {new.step}: "
+                f"until a step is none, mean and std, now {new.mean:.4g} and {new.var**0.5:.4g}, rise twofold in 1,000 "
+                "steps, and gradients are still clipped. If the run is diverging, lower the learning rate",
             )
 
     def _check_clip_rate(self, scope: int, new: NormStats) -> None:
@@ -81,8 +81,16 @@ class Health:
                 "clip rate",
                 f"{clipped} of the last {steps} steps{self._where(scope)} were clipped, at step {new.step}: the "
                 f"learning rate may be too high, or z_thresh={self.config.z_thresh:.3g} too low for the spread of "
-                f"these norms (mean {new.mean:.4g}, std {new.var**0.5:.4g})",
+                f"these norms (mean {new.mean:.4g}, std {new.var**0.5:.4g}){self._advice()}",
             )
+
+    def _advice(self) -> str:
+        if self.config.patience is not None:
+            return ""
+        return (
+            ". Or they have risen for good: with an optimizer whose steps are as long as its gradients, like SGD, that "
+            "amounts to a lower learning rate, and patience=200 lets the statistics follow slowly"
+        )
 
     def _where(self, scope: int) -> str:
         return f" in param group {scope}" if self.config.scope == "group" else ""

@@ -21,7 +21,8 @@ class ClipMetrics:
         mean: running mean of the norm, this step included.
         std: running standard deviation of the norm, this step included.
         clipped: the step was a spike (a `max_grad_norm` cap alone shows in `clip_coef`).
-        skipped: the wrapped optimizer did not step, because the norm was not finite.
+        skipped: the wrapped optimizer did not step: with `clipped` for a spike above `z_skip`, without it because the
+            norm was NaN or infinite.
         step: finite, non-zero norms seen.
         clipped_steps: spikes so far.
         skipped_steps: skipped steps so far.

@@ -42,9 +42,14 @@ class ZClipOptimizer(Optimizer):
         max_grad_norm: absolute cap of the norm, in gradient-norm units, during warm-up too, > 0; None for no cap.
         warmup_steps: norms collected before adaptive clipping starts, in steps, >= 1.
         eps: floor of sigma, in units of mu, >= 0.
-        skip_update_on_spike: leave the running statistics as they are on a spike.
-        patience: consecutive spikes after which they are taken for a new regime that the statistics follow, in steps,
-            >= 1; None: never, as in the paper.
+        alpha_down: smoothing factor of the mean while the norm lies below it, 0 <= alpha_down <= alpha, so that the
+            threshold comes down with the norm, in warm-up too; None: alpha, as in the paper.
+        skip_update_on_spike: leave the running statistics as they are on a spike; no step is skipped for it.
+        z_skip: z-score above which a spike's step is left out, as for a NaN, > z_thresh; only the first three spikes in
+            a row can be, later ones are clipped; None: never. In a closure it is the first evaluation that counts.
+        patience: consecutive spikes after which the statistics rise, twofold in 1,000 steps, until a step is no spike,
+            >= 1; None: never, as in the paper: after a lasting shift every step is clipped for ever. That protects
+            optimizers of Adam's kind; with those whose steps are as long as their gradients, like SGD, use 200.
         nonfinite: what a NaN or infinite norm does: "skip" the step (gradients stay for inspection), "raise"
             `NonFiniteGradientError`, or "pass" the step on unscaled. It never enters the statistics.
         max_consecutive_nonfinite: with ``nonfinite="skip"``, raise at the so many-th such step in a row, >= 1; None:
@@ -60,7 +65,8 @@ class ZClipOptimizer(Optimizer):
             `clipped`, `clip_rate` and more; ``metrics.as_dict()`` is ready for a logger. On an accelerator reading it
             waits for the device, once per step; a step itself does not.
         group_metrics: `ClipMetrics` of the last step for each param group, with ``scope="group"``.
-        step_was_skipped: whether the last step left the parameters alone, because the norm was NaN or infinite.
+        step_was_skipped: whether the last step left the parameters alone, because the norm was NaN, infinite or above
+            `z_skip`.
 
     Raises:
         TypeError: `base_optimizer` is not an optimizer instance, or is a ZClipOptimizer already.
@@ -94,8 +100,10 @@ class ZClipOptimizer(Optimizer):
         max_grad_norm: float | None = None,
         warmup_steps: int = 25,
         eps: float = 1e-6,
+        alpha_down: float | None = None,
         skip_update_on_spike: bool = False,
-        patience: int | None = 25,
+        z_skip: float | None = None,
+        patience: int | None = None,
         nonfinite: str = "skip",
         max_consecutive_nonfinite: int | None = 25,
         scope: str = "global",
@@ -135,7 +143,7 @@ class ZClipOptimizer(Optimizer):
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last step left the parameters alone because the gradient norm was NaN or infinite."""
+        """Whether the last step left the parameters alone: its gradient norm was NaN, infinite or above `z_skip`."""
         return self.clipper.step_was_skipped
 
     # The base optimizer replaces these objects when it loads a checkpoint, and trainers assign them: never aliases.

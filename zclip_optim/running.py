@@ -42,8 +42,8 @@ def advance(
         records: of the step before, one per scope; or a single one of tensors with an element per scope.
         norms: of the same kinds.
         config: hyperparameters.
-        new_step: False for a further evaluation: it is decided on by the statistics that the step began with, and
-            changes nothing but what is known of norms that are not finite.
+        new_step: False for a further evaluation: it is decided on by the statistics that the step began with, is
+            never skipped as a spike, and changes nothing but what is known of norms that are not finite.
 
     Returns:
         The records of this step, the coefficients, both like `records`, and whether the optimizer must not step.
@@ -55,11 +55,12 @@ def advance(
         stats = record.decision.stats if new_step else record.before
         # If the norm of one scope is not finite, the step is not taken and the statistics of none move.
         decisions.append(decide(where(failed, total, norm), stats, config))
-    skip = _any([decision.skip for decision in decisions])
     refused = failed & (config.nonfinite != "pass")
     if new_step:
+        skip = _any([decision.skip for decision in decisions])
         after = [_begun(*each, skip, refused) for each in zip(records, norms, decisions, strict=True)]
     else:
+        skip = refused
         after = [_went_on(record, refused) for record in records]
     return after, [decision.clip_coef for decision in decisions], skip
 
