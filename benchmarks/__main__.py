@@ -19,7 +19,7 @@ COMMANDS = {
     "gpu": "benchmarks.gpu",
     "train": "benchmarks.train",
     "sweep": "benchmarks.sweep",
-    "plot": "benchmarks.figures",
+    "plot": "benchmarks.plot",
 }
 DEFAULT = "compare"
 BAD_USE, INTERRUPTED = 2, 130

@@ -10,13 +10,11 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.data import Batches
-from benchmarks.figures import overview_figure, save
-from benchmarks.methods import METHODS, Method
 from benchmarks.options import add_training_options, prepare_folder
-from benchmarks.progress import StepProgress
-from benchmarks.records import line
-from benchmarks.report import (
+from benchmarks.report.figures import overview_figure, save
+from benchmarks.report.progress import StepProgress
+from benchmarks.report.records import line
+from benchmarks.report.summary import (
     Summary,
     format_table,
     heading,
@@ -24,7 +22,9 @@ from benchmarks.report import (
     summarize,
     write_json,
 )
-from benchmarks.run import Run, StepRecord, TrainConfig
+from benchmarks.training.data import Batches
+from benchmarks.training.methods import METHODS, Method
+from benchmarks.training.run import Run, StepRecord, TrainConfig
 
 COMPARED = ("none", "fixed", "zclip_optim")
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.options import add_out_option, positive_int, prepare_folder
-from benchmarks.progress import progress_interval
-from benchmarks.report import heading, markdown, write_json
+from benchmarks.report.progress import progress_interval
+from benchmarks.report.summary import heading, markdown, write_json
 from zclip_optim.zclip import NormStats, ZClipConfig, decide
 
 NOISE = 0.05  # standard deviation of the norm, in units of its mean

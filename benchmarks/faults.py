@@ -19,13 +19,13 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import UserError
-from benchmarks.data import Batches
-from benchmarks.injection import FAULTS, Fault, Level
-from benchmarks.methods import METHODS, Method
 from benchmarks.options import add_training_options, prepare_folder
-from benchmarks.progress import progress_interval
-from benchmarks.report import heading, markdown, write_json
-from benchmarks.run import Run, StepRecord, TrainConfig
+from benchmarks.report.progress import progress_interval
+from benchmarks.report.summary import heading, markdown, write_json
+from benchmarks.training.data import Batches
+from benchmarks.training.injection import FAULTS, Fault, Level
+from benchmarks.training.methods import METHODS, Method
+from benchmarks.training.run import Run, StepRecord, TrainConfig
 from zclip_optim import ZClipWarning
 
 BATCH = 4  # windows per step, a quarter of the comparison's

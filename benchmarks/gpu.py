@@ -19,8 +19,8 @@ from tqdm import tqdm
 from benchmarks import UserError
 from benchmarks.options import add_out_option, positive_float, positive_int, prepare_folder
 from benchmarks.overhead import OURS, Row, Size, measure, microseconds, ratios, transformer, with_gradients
-from benchmarks.progress import progress_interval
-from benchmarks.report import heading, write_json
+from benchmarks.report.progress import progress_interval
+from benchmarks.report.summary import heading, write_json
 from zclip_optim import ZClipOptimizer
 
 COPIED = 2**30  # bytes of the copy that measures bandwidth

@@ -14,15 +14,21 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
 
+import matplotlib as mpl
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import nn
 from torch.optim import AdamW
 from tqdm import tqdm
 
 from benchmarks.options import add_out_option, positive_float, positive_int, prepare_folder
-from benchmarks.progress import progress_interval
-from benchmarks.report import heading, markdown, write_json
+from benchmarks.report.plots import COLORS, STYLE, plottable
+from benchmarks.report.progress import progress_interval
+from benchmarks.report.summary import heading, markdown, write_json
 from zclip_optim import ZClipOptimizer
 
 BARE, READ, OURS, AUTOCLIP = "bare", "read once", "zclip_optim", "autoclip"
@@ -94,8 +100,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures every size and writes the results."""
-    from benchmarks import plots
-
     prepare_folder(args.out)
     fits = [s for s in (*SIZES, *BY_TENSORS, *BY_PARAMETERS) if s.parameters <= args.max_parameters]
     progress = tqdm(fits, unit="size", mininterval=progress_interval())
@@ -104,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     result = heading("overhead", [0], "zclip", "autoclip") | {"rows": [asdict(row) for row in rows.values()]}
     write_json(args.out / "overhead.json", result)
     growth = [[rows[s.name] for s in sizes if s.name in rows] for sizes in (BY_TENSORS, BY_PARAMETERS)]
-    plots.overhead_figure(*growth, args.out / "overhead.png")
+    overhead_figure(*growth, args.out / "overhead.png")
     print(f"wrote {args.out / 'overhead.json'} and {args.out / 'overhead.png'}")
 
 
@@ -216,3 +220,30 @@ def microseconds(rows: Sequence[Row]) -> str:
             for row in rows
         ]
     )
+
+
+def overhead_figure(by_tensors: Sequence[Row], by_parameters: Sequence[Row], path: Path) -> None:
+    """Every method's own cost against the number of tensors, and of parameters with the limit of one read.
+
+    Args:
+        by_tensors: rows of models that differ in the number of tensors.
+        by_parameters: rows of models that differ in the size of the tensors.
+        path: the PNG to write.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        growth_panel(left, by_tensors, [row.tensors for row in by_tensors], "tensors of 1,024 elements")
+        growth_panel(right, by_parameters, [row.parameters for row in by_parameters], "parameters, in 8 tensors")
+        figure.savefig(path, dpi=100)
+
+
+def growth_panel(axes: Axes, rows: Sequence[Row], sizes: Sequence[int], label: str) -> None:
+    """Own cost of every method, and the time of one read, on log-log axes."""
+    for color, method in zip(cycle(COLORS[2:]), rows[0].own_us if rows else (), strict=False):
+        axes.loglog(sizes, plottable(row.own_us[method] for row in rows), "o-", color=color, markersize=3, label=method)
+    axes.loglog(
+        sizes, [row.read_us for row in rows], "--", color="black", linewidth=1, label="one sum over each gradient"
+    )
+    axes.set(title="Clipping's own cost per step", xlabel=label, ylabel="microseconds")
+    axes.legend(frameon=False, fontsize=8)

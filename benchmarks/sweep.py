@@ -24,13 +24,13 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import UserError
-from benchmarks.cells import Cell, load_outcome, run_cell
-from benchmarks.methods import METHODS
 from benchmarks.options import add_data_option, add_out_option, positive_int, prepare_folder
-from benchmarks.presets import PRESETS
-from benchmarks.progress import progress_interval
-from benchmarks.report import SPIKE_DEFINITION, heading, strict_json, write_json
-from benchmarks.tables import TABLES, Size, Table, format_rows, summarize_rows
+from benchmarks.paper.cells import Cell, load_outcome, run_cell
+from benchmarks.paper.tables import TABLES, Size, Table, format_rows, summarize_rows
+from benchmarks.report.progress import progress_interval
+from benchmarks.report.summary import SPIKE_DEFINITION, heading, strict_json, write_json
+from benchmarks.training.methods import METHODS
+from benchmarks.training.presets import PRESETS
 
 NOTES = (
     "each figure: mean ± standard deviation over the seeds that did not diverge; losses in nats per byte (ViT: per "

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.model import LanguageModel, ModelConfig
+from benchmarks.training.llama import LanguageModel, ModelConfig
 from zclip_optim import ZClipOptimizer
 
 pytestmark = pytest.mark.xdist_group("processes")

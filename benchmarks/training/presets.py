@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.model import ModelConfig
+from benchmarks.training.llama import ModelConfig
 
 
 @dataclass(frozen=True)
