@@ -22,9 +22,10 @@ import torch
 
 from benchmarks import UserError
 from benchmarks.options import add_data_option, add_out_option, positive_float, positive_int, prepare_folder, seed
+from benchmarks.report.pages import Result, document, restored, setup, write_result
 from benchmarks.report.progress import StepProgress
 from benchmarks.report.records import line, read_records
-from benchmarks.report.summary import format_table, heading, summarize, write_json
+from benchmarks.report.summary import Summary, format_table, heading, summarize
 from benchmarks.training import checkpoint
 from benchmarks.training.architectures import ARCHITECTURES
 from benchmarks.training.distributed import STRATEGIES, processes, rank_and_count, say
@@ -191,5 +192,11 @@ def finish(training: Run, records: list[StepRecord], out: Path) -> None:
         "config": asdict(config) | {"model": asdict(config.shape.model), "options": dict(method.options)},
         "rows": [asdict(row)],
     }
-    write_json(out / "train.json", result)
-    print(f"\n{format_table([row])}\n\nwritten to {out}: train.jsonl, train.json, checkpoints")
+    write_result(out / "train.json", result, page)
+    print(f"\n{format_table([row])}\n\nwritten to {out}: train.jsonl, train.json, train.md, checkpoints")
+
+
+def page(result: Result) -> str:
+    """The row of the run."""
+    table = format_table([restored(Summary, row) for row in result["rows"]])
+    return document("train: one run", result, setup(result), table)
