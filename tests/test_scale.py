@@ -124,7 +124,7 @@ def test_group_statistics_travel_together(ranks):
 
 @pytest.mark.parametrize("ranks", [1024], indirect=True)
 def test_what_torch_itself_takes(ranks):
-    """As the comparison in benchmarks/README.md says."""
+    """As the comparison in benchmarks/results/collectives.md says."""
     model = sharded_model(SMALL, hybrid, ranks)
     collectives = collectives_of(lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     reductions = [one for one in collectives if "reduce" in one.op]

@@ -15,7 +15,7 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.paper import cells
 from benchmarks.paper.cells import Cell, load_outcome, run_cell
-from benchmarks.paper.tables import ABLATION_RATE, RATES, TABLES, Column, Count, Size, cell_label, counted, format_rows
+from benchmarks.paper.tables import ABLATION_RATE, RATES, TABLES, Column, Count, Size, cell_label, counted
 from benchmarks.report.records import read_records
 from benchmarks.report.summary import FINAL, steps_to_loss
 from benchmarks.training.cartpole import CartPoleRun, standardized_returns
@@ -50,11 +50,10 @@ def test_the_tables_and_what_is_left_to_the_defaults():
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_readme_has_the_published_results(name):
+def test_the_published_results_say_how_they_came_about(name):
     result = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
     assert {"name", "command", "machine", "versions", "seeds", "rows"} <= result.keys()
     assert len(result["seeds"]) >= 3
-    assert format_rows(TABLES[name], result["rows"]) in (BENCHMARKS / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", TABLES)
