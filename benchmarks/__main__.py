@@ -11,6 +11,7 @@ from typing import NoReturn
 from benchmarks import UserError
 
 # A command is a module with `add_arguments(parser)` and `run(args)`; its docstring is the description in --help.
+# One that writes NAME.json has `page(result)` too: NAME.md, from what is in NAME.json.
 COMMANDS = {
     "compare": "benchmarks.compare",
     "faults": "benchmarks.faults",
@@ -19,7 +20,7 @@ COMMANDS = {
     "gpu": "benchmarks.gpu",
     "train": "benchmarks.train",
     "sweep": "benchmarks.sweep",
-    "plot": "benchmarks.figures",
+    "plot": "benchmarks.plot",
 }
 DEFAULT = "compare"
 BAD_USE, INTERRUPTED = 2, 130

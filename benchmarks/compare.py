@@ -1,7 +1,7 @@
 """Trains a small language model without clipping, with fixed clipping and with ZClip, and compares the runs.
 
 The text is real (by default the source of Python's standard library), and a few of its batches are corrupted.
-Writes a figure (compare.png), every step of every run (METHOD.jsonl) and a summary (compare.json).
+Writes a figure (compare.png), every step of every run (METHOD.jsonl) and a summary (compare.json, compare.md).
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.data import Batches
-from benchmarks.figures import overview_figure, save
-from benchmarks.methods import METHODS, Method
 from benchmarks.options import add_training_options, prepare_folder
-from benchmarks.progress import StepProgress
-from benchmarks.records import line
-from benchmarks.report import (
+from benchmarks.report.figures import overview_figure, save
+from benchmarks.report.pages import Result, bullets, document, restored, setup, write_result
+from benchmarks.report.progress import StepProgress
+from benchmarks.report.records import line
+from benchmarks.report.summary import (
     Summary,
     format_table,
     heading,
     notes,
     summarize,
-    write_json,
 )
-from benchmarks.run import Run, StepRecord, TrainConfig
+from benchmarks.training.data import Batches
+from benchmarks.training.methods import METHODS, Method
+from benchmarks.training.run import Run, StepRecord, TrainConfig
 
 COMPARED = ("none", "fixed", "zclip_optim")
 
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
         summaries.append(summary)
     save(overview_figure, runs, args.out / "compare.png")
     write_summary(args.out / "compare.json", config, batches, summaries)
-    print(f"\n{format_table(summaries)}\n\n{notes(config)}\nwritten to {args.out}: compare.png, compare.json, *.jsonl")
+    print(f"\n{format_table(summaries)}\n\n{notes(config)}")
+    print(f"written to {args.out}: compare.png, compare.json, compare.md, *.jsonl")
 
 
 def train_method(method: Method, config: TrainConfig, batches: Batches, out: Path) -> tuple[list[StepRecord], Summary]:
@@ -74,4 +75,16 @@ def write_summary(path: Path, config: TrainConfig, batches: Batches, summaries: 
         "notes": notes(config).splitlines(),
         "rows": [asdict(row) for row in summaries],
     }
-    write_json(path, summary)
+    write_result(path, summary, page)
+
+
+def page(result: Result) -> str:
+    """The table, the figure and what their words mean."""
+    return document(
+        "compare: no clipping, fixed clipping and ZClip",
+        result,
+        setup(result),
+        format_table([restored(Summary, row) for row in result["rows"]]),
+        "![Loss of all runs, and the gradient norm of each before and after clipping](compare.png)",
+        bullets(result["notes"]),
+    )

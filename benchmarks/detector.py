@@ -1,7 +1,8 @@
 """Feeds sequences of norms to ZClip's spike test and counts the steps that it clips. No model, no training.
 
 Two questions: does it find its way back after the level of the norm has shifted for good, and how often does it clip
-norms that come from one distribution all the time? Writes detector.json.
+norms that come from one distribution all the time? Writes detector.json and
+detector.md.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.options import add_out_option, positive_int, prepare_folder
-from benchmarks.progress import progress_interval
-from benchmarks.report import heading, markdown, write_json
+from benchmarks.report.pages import Result, bullets, document, restored, write_result
+from benchmarks.report.progress import progress_interval
+from benchmarks.report.summary import heading, markdown
 from zclip_optim.algorithm import NormStats, ZClipConfig, decide
 
 NOISE = 0.05  # standard deviation of the norm, in units of its mean
@@ -33,6 +35,14 @@ AUTOREGRESSIVE = (0.9, 0.99)  # phi
 STUCK = 0.05  # share of clipped steps above which a seed has not recovered
 WARMUP = 25  # steps, both implementations' default
 Z_THRESH = 2.5  # and this one
+
+NOTES = (
+    f"shift: {BEFORE} norms around 1 with Gaussian noise of {NOISE:.0%}, then the level rises by so many standard "
+    "deviations for good",
+    "zclip_optim has its defaults; patience=None is zclip_optim with it, the paper; zclip 1.0.0 is the published "
+    "package with max_grad_norm=None, shown a module with one parameter whose gradient is the norm",
+    "AR(1): its tail is that of its stationary distribution",
+)
 
 Detector = Callable[[Sequence[float]], list[bool]]
 
@@ -84,8 +94,9 @@ def run(args: argparse.Namespace) -> None:
         "stuck_above": STUCK,
         "rows": [asdict(row) for row in rows],
     }
-    write_json(args.out / "detector.json", result)
-    print(f"\n{format_tables(rows, args.steps)}\n\nwritten to {args.out}: detector.json, in {result['seconds']} s")
+    write_result(args.out / "detector.json", result, page)
+    print("", *tables(rows, args.steps), sep="\n\n")
+    print(f"\nwritten to {args.out}: detector.json, detector.md, in {result['seconds']} s")
 
 
 def count(norms: Norms, steps: int, seeds: int, progress: tqdm) -> list[Row]:
@@ -198,24 +209,35 @@ STATIONARY = (
 SEQUENCES = SHIFTED + STATIONARY
 
 
-def format_tables(rows: Sequence[Row], steps: int) -> str:
-    """The two tables with their titles."""
-    by_place = {(row.sequence, row.detector): row for row in rows}
-    return "\n\n".join(
-        (
-            f"Share of {steps:,} steps clipped, from {GRACE} steps after a lasting shift of the level on, mean (worst "
-            f"seed); in brackets the seeds with more than {STUCK:.0%}:",
-            markdown([line(norms, "shift up", by_place, regime_entry) for norms in SHIFTED]),
-            f"Share of {steps:,} steps clipped after warm-up, of norms from one distribution, mean (worst seed):",
-            markdown([line(norms, "norms", by_place, rate_entry) | tail_entry(norms) for norms in STATIONARY]),
-            f"tail: probability of a norm above mean + {Z_THRESH:g} standard deviations of that distribution",
-        )
+def page(result: Result) -> str:
+    """The two tables and what their words mean."""
+    rows = [restored(Row, row) for row in result["rows"]]
+    title = "detector: how often the spike test clips, without a model"
+    return document(title, result, *tables(rows, result["steps"]), bullets(NOTES))
+
+
+def tables(rows: Sequence[Row], steps: int) -> tuple[str, ...]:
+    """The two tables, each after its title."""
+    shifts = [row for row in rows if row.tail_probability is None]
+    others = [row for row in rows if row.tail_probability is not None]
+    tails = {row.sequence: {"tail": f"{row.tail_probability:.2%}"} for row in others}
+    return (
+        f"Share of {steps:,} steps clipped, from {GRACE} steps after a lasting shift of the level on, mean (worst "
+        f"seed); in brackets the seeds with more than {STUCK:.0%}:",
+        markdown(list(lines(shifts, "shift up", regime_entry).values())),
+        f"Share of {steps:,} steps clipped after warm-up, of norms from one distribution, mean (worst seed):",
+        markdown([line | tails[name] for name, line in lines(others, "norms", rate_entry).items()]),
+        f"tail: probability of a norm above mean + {Z_THRESH:g} standard deviations of that distribution",
     )
 
 
-def line(norms: Norms, head: str, by_place: dict[tuple[str, str], Row], entry: Callable[[Row], str]) -> dict[str, str]:
-    """A line of a table: one entry per detector."""
-    return {head: norms.label} | {name: entry(by_place[norms.name, name]) for name in DETECTORS}
+def lines(rows: Sequence[Row], head: str, entry: Callable[[Row], str]) -> dict[str, dict[str, str]]:
+    """The lines of a table by sequence: one entry per detector."""
+    labels = {norms.name: norms.label for norms in SEQUENCES}
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        found.setdefault(row.sequence, {head: labels[row.sequence]})[row.detector] = entry(row)
+    return found
 
 
 def regime_entry(row: Row) -> str:
@@ -226,8 +248,3 @@ def regime_entry(row: Row) -> str:
 def rate_entry(row: Row) -> str:
     """Two decimals, as the tail probability has."""
     return f"{row.mean:.2%} ({row.worst:.2%})"
-
-
-def tail_entry(norms: Norms) -> dict[str, str]:
-    """The last column of the second table."""
-    return {"tail": f"{norms.tail:.2%}"}

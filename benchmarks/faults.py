@@ -1,7 +1,7 @@
 """Injects faults into the gradients of a small language model and shows how each clipping method comes out of them.
 
 The model and the text are the comparison's, without corrupted batches. Each method trains once up to the fault; from
-there one copy of the run goes on without a fault and one with each fault. Writes faults.json.
+there one copy of the run goes on without a fault and one with each fault. Writes faults.json and faults.md.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import UserError
-from benchmarks.data import Batches
-from benchmarks.injection import FAULTS, Fault, Level
-from benchmarks.methods import METHODS, Method
 from benchmarks.options import add_training_options, prepare_folder
-from benchmarks.progress import progress_interval
-from benchmarks.report import heading, markdown, write_json
-from benchmarks.run import Run, StepRecord, TrainConfig
+from benchmarks.report.pages import Result, bullets, document, restored, setup, write_result
+from benchmarks.report.progress import progress_interval
+from benchmarks.report.summary import heading, markdown
+from benchmarks.training.data import Batches
+from benchmarks.training.injection import FAULTS, Fault, Level
+from benchmarks.training.methods import METHODS, Method
+from benchmarks.training.run import Run, StepRecord, TrainConfig
 from zclip_optim import ZClipWarning
 
 BATCH = 4  # windows per step, a quarter of the comparison's
@@ -99,8 +100,10 @@ def run(args: argparse.Namespace) -> None:
         levels[method.name], column = train_method(method, config, batches)
         cells += column
     seconds = round(time.perf_counter() - start, 1)
-    write_json(args.out / "faults.json", summary(config, batches, levels, cells) | {"seconds": seconds})
-    print(f"\n{format_tables(cells, config)}\n\nwritten to {args.out}: faults.json, in {seconds} s")
+    result = summary(config, batches, levels, cells) | {"seconds": seconds}
+    write_result(args.out / "faults.json", result, page)
+    print("", *tables(cells, last_steps(config)), "\n".join(NOTES), sep="\n\n")
+    print(f"\nwritten to {args.out}: faults.json, faults.md, in {seconds} s")
 
 
 def summary(
@@ -200,30 +203,38 @@ def steps_to_recover(records: Sequence[StepRecord], reference: Sequence[StepReco
     return recovered if recovered < len(reference) and math.isfinite(records[-1].loss) else None
 
 
-def format_tables(cells: Sequence[Cell], config: TrainConfig) -> str:
-    """The three tables with their titles, and what their words mean."""
-    last = last_steps(config)
-    sections = (
+def page(result: Result) -> str:
+    """The three tables and what their words mean."""
+    cells = [restored(Cell, row) for row in result["rows"]]
+    sigmas = (f"{METHODS[name].label} {level['std'] / level['mean']:.2f}" for name, level in result["levels"].items())
+    return document(
+        "faults: what one fault in the gradients does to a run",
+        result,
+        f"{setup(result)} The fault begins at step {result['fault_step']}.",
+        *tables(cells, result["last_steps"]),
+        bullets([*result["notes"], f"sigma, as a share of the mean: {', '.join(sigmas)}"]),
+    )
+
+
+def tables(cells: Sequence[Cell], last: int) -> tuple[str, ...]:
+    """The three tables, each after its title."""
+    return (
         "Survived, and steps to recover:",
         table(cells, outcome),
         f"Mean loss of the last {last} steps; under a fault, its difference from the run without one (nats per byte):",
         table(cells, loss),
         f"Share of the last {last} steps clipped:",
         table(cells, lambda cell: f"{cell.clipped_share:.0%}" if cell.survived else "-"),
-        "\n".join(NOTES),
     )
-    return "\n\n".join(sections)
 
 
 def table(cells: Sequence[Cell], entry: Callable[[Cell], str]) -> str:
     """Faults down, methods across."""
-    by_place = {(cell.fault, cell.method): entry(cell) for cell in cells}
     labels = {NO_FAULT: NO_FAULT} | {fault.name: fault.label for fault in FAULTS}
-    rows = [
-        {"fault": label} | {method.label: by_place[name, method.name] for method in PEERS}
-        for name, label in labels.items()
-    ]
-    return markdown(rows)
+    rows: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        rows.setdefault(cell.fault, {"fault": labels[cell.fault]})[METHODS[cell.method].label] = entry(cell)
+    return markdown(list(rows.values()))
 
 
 def outcome(cell: Cell) -> str:

@@ -2,7 +2,7 @@
 
 Own costs beside fused AdamW as ratios to other packages and to one read of the gradients; whether a step makes the
 host wait (`torch.cuda.set_sync_debug_mode("error")`) and can be captured in a CUDA graph; the bandwidth at which the
-gradients are read, against a copy's; peak memory. Writes gpu.json.
+gradients are read, against a copy's; peak memory. Writes gpu.json and gpu.md.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from benchmarks import UserError
 from benchmarks.options import add_out_option, positive_float, positive_int, prepare_folder
-from benchmarks.overhead import OURS, Row, Size, measure, microseconds, ratios, transformer, with_gradients
-from benchmarks.progress import progress_interval
-from benchmarks.report import heading, write_json
+from benchmarks.overhead import NOTES, OURS, Row, Size, measure, microseconds, ratios, transformer, with_gradients
+from benchmarks.report.pages import Result, bullets, document, restored, write_result
+from benchmarks.report.progress import progress_interval
+from benchmarks.report.summary import heading, markdown
 from zclip_optim import ZClipOptimizer
 
 COPIED = 2**30  # bytes of the copy that measures bandwidth
@@ -72,8 +73,34 @@ def run(args: argparse.Namespace) -> None:
         "copy_bandwidth": bandwidth,
         "rows": [asdict(row) | asdict(checked) for row, checked in zip(rows, checks, strict=True)],
     }
-    write_json(args.out / "gpu.json", result)
-    print(f"wrote {args.out / 'gpu.json'}")
+    write_result(args.out / "gpu.json", result, page)
+    print(f"wrote {args.out / 'gpu.json'} and {args.out / 'gpu.md'}")
+
+
+def page(result: Result) -> str:
+    """The ratios, the microseconds and the checks of every size."""
+    rows = [restored(Row, row) for row in result["rows"]]
+    return document(
+        "gpu: what clipping costs beside a step of fused AdamW on a CUDA device",
+        result,
+        "Our own cost over that of the others, and over one plain `sum` over every gradient:",
+        ratios(rows),
+        "Own costs as they are, medians:",
+        microseconds(rows),
+        "What a step does besides:",
+        markdown([{"model": row["size"]} | shown(restored(Checks, row)) for row in result["rows"]]),
+        bullets(NOTES),
+    )
+
+
+def shown(checks: Checks) -> dict[str, str]:
+    """The columns of the table of checks."""
+    return {
+        "the host never waits": "yes" if checks.reads_nothing_back else "**no**",
+        "steps counted in 10 replays": str(checks.captured_steps),
+        "gradients read, share of a copy's bandwidth": f"{checks.gradient_bandwidth:.0%}",
+        "extra memory, bytes": f"{checks.extra_memory:,}",
+    }
 
 
 def check(size: Size, row: Row, bandwidth: float, device: torch.device) -> Checks:

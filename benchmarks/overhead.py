@@ -2,7 +2,7 @@
 
 A method's own cost is the time of its step minus that of the bare optimizer's step, both measured in the same round;
 the methods of a round run in shuffled order on the same gradients, none of which is clipped. Figures are medians over
-rounds. Writes overhead.json and overhead.png.
+rounds. Writes overhead.json, overhead.md and overhead.png.
 """
 
 from __future__ import annotations
@@ -14,15 +14,22 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
 
+import matplotlib as mpl
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import nn
 from torch.optim import AdamW
 from tqdm import tqdm
 
 from benchmarks.options import add_out_option, positive_float, positive_int, prepare_folder
-from benchmarks.progress import progress_interval
-from benchmarks.report import heading, markdown, write_json
+from benchmarks.report.pages import Result, bullets, document, restored, write_result
+from benchmarks.report.plots import COLORS, STYLE, plottable
+from benchmarks.report.progress import progress_interval
+from benchmarks.report.summary import heading, markdown
 from zclip_optim import ZClipOptimizer
 
 BARE, READ, OURS, AUTOCLIP = "bare", "read once", "zclip_optim", "autoclip"
@@ -30,6 +37,15 @@ PEERS = ("zclip 1.0.0", "clip_grad_norm_", AUTOCLIP)
 NEVER = 1e9  # a norm, and a z-score, that no gradient here reaches
 LEAST_ROUNDS = 7
 READ_SHOWN = 1_000_000  # parameters from which on one read of the gradients is memory's limit, not Python's
+
+NOTES = (
+    "own cost: a method's step minus the bare step of the same round; methods run in shuffled order, on the same "
+    "gradients, of which none is clipped; figures are medians over rounds",
+    "zclip 1.0.0 is the published package with max_grad_norm=None; clip_grad_norm_ has a maximum that no norm reaches",
+    "autoclip has rounds of its own: what runs after its quantiles starts with cold caches",
+    f"one read: from {READ_SHOWN:,} parameters on",
+    "16-bit gradients: zclip_optim converts them to float32, chunk by chunk, before squaring; the others do not",
+)
 
 CPU = torch.device("cpu")
 
@@ -94,18 +110,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures every size and writes the results."""
-    from benchmarks import plots
-
     prepare_folder(args.out)
     fits = [s for s in (*SIZES, *BY_TENSORS, *BY_PARAMETERS) if s.parameters <= args.max_parameters]
     progress = tqdm(fits, unit="size", mininterval=progress_interval())
     rows = {size.name: measure(size, args.seconds) for size in progress}
     print(format_tables(rows))
     result = heading("overhead", [0], "zclip", "autoclip") | {"rows": [asdict(row) for row in rows.values()]}
-    write_json(args.out / "overhead.json", result)
+    write_result(args.out / "overhead.json", result, page)
     growth = [[rows[s.name] for s in sizes if s.name in rows] for sizes in (BY_TENSORS, BY_PARAMETERS)]
-    plots.overhead_figure(*growth, args.out / "overhead.png")
-    print(f"wrote {args.out / 'overhead.json'} and {args.out / 'overhead.png'}")
+    overhead_figure(*growth, args.out / "overhead.png")
+    print(f"wrote {args.out / 'overhead.json'}, {args.out / 'overhead.md'} and {args.out / 'overhead.png'}")
+
+
+def page(result: Result) -> str:
+    """The ratios, the microseconds of every size, and what the words mean."""
+    rows = [restored(Row, row) for row in result["rows"]]
+    return document(
+        "overhead: what clipping costs beside a step of fused AdamW",
+        result,
+        "Our own cost over that of the others, and over one plain `sum` over every gradient:",
+        ratios([row for row in rows if row.size in {size.name for size in SIZES}]),
+        "Own costs as they are, medians:",
+        microseconds(rows),
+        "![Own cost against the number of tensors and of parameters](overhead.png)",
+        bullets(NOTES),
+    )
 
 
 def measure(size: Size, seconds: float, device: torch.device = CPU) -> Row:
@@ -199,7 +228,7 @@ def ratios(rows: Sequence[Row]) -> str:
     return markdown(
         [
             {"model": row.size}
-            | {f"vs {peer}": f"{row.own_us[OURS] / row.own_us[peer]:.2f}" for peer in PEERS}
+            | {f"vs {peer}": f"{row.own_us[OURS] / row.own_us[peer]:.2f}" for peer in row.own_us if peer != OURS}
             | {"vs one read": f"{row.own_us[OURS] / row.read_us:.2f}" if row.parameters >= READ_SHOWN else "-"}
             for row in rows
         ]
@@ -216,3 +245,30 @@ def microseconds(rows: Sequence[Row]) -> str:
             for row in rows
         ]
     )
+
+
+def overhead_figure(by_tensors: Sequence[Row], by_parameters: Sequence[Row], path: Path) -> None:
+    """Every method's own cost against the number of tensors, and of parameters with the limit of one read.
+
+    Args:
+        by_tensors: rows of models that differ in the number of tensors.
+        by_parameters: rows of models that differ in the size of the tensors.
+        path: the PNG to write.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        growth_panel(left, by_tensors, [row.tensors for row in by_tensors], "tensors of 1,024 elements")
+        growth_panel(right, by_parameters, [row.parameters for row in by_parameters], "parameters, in 8 tensors")
+        figure.savefig(path, dpi=100)
+
+
+def growth_panel(axes: Axes, rows: Sequence[Row], sizes: Sequence[int], label: str) -> None:
+    """Own cost of every method, and the time of one read, on log-log axes."""
+    for color, method in zip(cycle(COLORS[2:]), rows[0].own_us if rows else (), strict=False):
+        axes.loglog(sizes, plottable(row.own_us[method] for row in rows), "o-", color=color, markersize=3, label=method)
+    axes.loglog(
+        sizes, [row.read_us for row in rows], "--", color="black", linewidth=1, label="one sum over each gradient"
+    )
+    axes.set(title="Clipping's own cost per step", xlabel=label, ylabel="microseconds")
+    axes.legend(frameon=False, fontsize=8)

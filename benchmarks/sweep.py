@@ -2,7 +2,7 @@
 
 A cell is one training: a row of the table, a condition (clean data, or with a bad shard) and a seed. Cells that have
 ended are kept in OUT/cells and not run again, so that a sweep goes on where it was stopped; tables share the cells that
-they have in common. Writes OUT/TABLE.json.
+they have in common. Writes OUT/TABLE.json and OUT/TABLE.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -24,13 +24,14 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import UserError
-from benchmarks.cells import Cell, load_outcome, run_cell
-from benchmarks.methods import METHODS
 from benchmarks.options import add_data_option, add_out_option, positive_int, prepare_folder
-from benchmarks.presets import PRESETS
-from benchmarks.progress import progress_interval
-from benchmarks.report import SPIKE_DEFINITION, heading, strict_json, write_json
-from benchmarks.tables import TABLES, Size, Table, format_rows, summarize_rows
+from benchmarks.paper.cells import CARTPOLE, Cell, load_outcome, run_cell
+from benchmarks.paper.tables import TABLES, Size, Table, format_rows, summarize_rows
+from benchmarks.report.pages import Result, bullets, document, write_result
+from benchmarks.report.progress import progress_interval
+from benchmarks.report.summary import SPIKE_DEFINITION, heading, strict_json, write_json
+from benchmarks.training.methods import METHODS
+from benchmarks.training.presets import PRESETS
 
 NOTES = (
     "each figure: mean ± standard deviation over the seeds that did not diverge; losses in nats per byte (ViT: per "
@@ -82,10 +83,12 @@ def run(args: argparse.Namespace) -> None:
     rows = summarize_rows(table, size, args.seeds, outcomes.__getitem__)
     seconds = sum(outcome["seconds"] for outcome in outcomes.values())
     name = table.name if args.preset == "nano" else f"{args.preset}-{table.name}"
-    write_json(args.out / f"{name}.json", result(table, size, cells, args) | {"cell_seconds": seconds, "rows": rows})
+    found = result(table, size, cells, args) | {"cell_seconds": seconds, "rows": rows}
+    write_result(args.out / f"{name}.json", found, page)
     print(f"\n{table.title}\n\n{format_rows(table, rows)}\n\n" + "\n".join(NOTES))
     took = time.perf_counter() - start
-    print(f"written to {args.out}: {name}.json; {len(cells)} cells took {seconds:.0f} s, {took:.0f} s of them now")
+    print(f"written to {args.out}: {name}.json, {name}.md; ", end="")
+    print(f"{len(cells)} cells took {seconds:.0f} s, {took:.0f} s of them now")
 
 
 def result(table: Table, size: Size, cells: Sequence[Cell], args: argparse.Namespace) -> dict[str, object]:
@@ -99,6 +102,30 @@ def result(table: Table, size: Size, cells: Sequence[Cell], args: argparse.Names
         "cell_command": f"python -m benchmarks sweep {table.name} --cell NAME",
         "notes": NOTES,
     }
+
+
+def page(result: Result) -> str:
+    """The table under each condition, and what its words mean."""
+    table = TABLES[result["name"].removeprefix("sweep ")]
+    runs = sum(len(row["cells"]) for row in result["rows"])
+    return document(
+        f"{table.name}: {result['title']}",
+        result,
+        format_rows(table, result["rows"]),
+        bullets(result["notes"]),
+        f"Preset {result['size']['preset']}, {per_run(result['rows'])}. {runs} runs, {result['workers']} at a time, "
+        f"{result['cell_seconds']:,.0f} s of one thread. One of them again: `{result['cell_command']}`, with a NAME "
+        "from the JSON.",
+    )
+
+
+def per_run(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Length and batch of the runs."""
+    sizes = dict.fromkeys((row["architecture"], row["steps"], row["batch"]) for row in rows)
+    return ", ".join(
+        f"{name}: at most {steps:,} episodes" if name == CARTPOLE else f"{name}: {steps:,} steps of {batch} examples"
+        for name, steps, batch in sizes
+    )
 
 
 def check_same(path: Path, data: Sequence[Path]) -> None:

@@ -20,16 +20,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import UserError, checkpoint
-from benchmarks.architectures import ARCHITECTURES
-from benchmarks.distributed import STRATEGIES, processes, rank_and_count, say
-from benchmarks.methods import METHODS, Method
+from benchmarks import UserError
 from benchmarks.options import add_data_option, add_out_option, positive_float, positive_int, prepare_folder, seed
-from benchmarks.presets import PRESETS
-from benchmarks.progress import StepProgress
-from benchmarks.records import line, read_records
-from benchmarks.report import format_table, heading, summarize, write_json
-from benchmarks.run import Run, StepRecord, TrainConfig
+from benchmarks.report.pages import Result, document, restored, setup, write_result
+from benchmarks.report.progress import StepProgress
+from benchmarks.report.records import line, read_records
+from benchmarks.report.summary import Summary, format_table, heading, summarize
+from benchmarks.training import checkpoint
+from benchmarks.training.architectures import ARCHITECTURES
+from benchmarks.training.distributed import STRATEGIES, processes, rank_and_count, say
+from benchmarks.training.methods import METHODS, Method
+from benchmarks.training.presets import PRESETS
+from benchmarks.training.run import Run, StepRecord, TrainConfig
 from zclip_optim import NonFiniteGradientError, ZClip
 
 LOGGED = ("loss", "lr", "grad_norm", "clipped_norm", "threshold", "clipped", "z_score", "mean", "std", "ms")
@@ -190,5 +192,11 @@ def finish(training: Run, records: list[StepRecord], out: Path) -> None:
         "config": asdict(config) | {"model": asdict(config.shape.model), "options": dict(method.options)},
         "rows": [asdict(row)],
     }
-    write_json(out / "train.json", result)
-    print(f"\n{format_table([row])}\n\nwritten to {out}: train.jsonl, train.json, checkpoints")
+    write_result(out / "train.json", result, page)
+    print(f"\n{format_table([row])}\n\nwritten to {out}: train.jsonl, train.json, train.md, checkpoints")
+
+
+def page(result: Result) -> str:
+    """The row of the run."""
+    table = format_table([restored(Summary, row) for row in result["rows"]])
+    return document("train: one run", result, setup(result), table)

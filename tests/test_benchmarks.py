@@ -24,6 +24,7 @@ def test_a_short_run_writes_table_figure_and_every_step(tmp_path):
     assert "| zclip_optim " in result.stdout
     assert "loss spike: " in result.stdout
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "compare.md").read_text().startswith("# compare")
     summary = json.loads((tmp_path / "compare.json").read_text())
     assert [row["method"] for row in summary["rows"]] == ["none", "fixed", "zclip_optim"]
     for row in summary["rows"]:
@@ -90,12 +91,14 @@ def test_faults_in_short(tmp_path):
     survived = {(row["method"], row["fault"]): row["survived"] for row in summary["rows"]}
     assert survived["zclip_optim", "nan"]
     assert not survived["none", "nan"]
+    assert (tmp_path / "faults.md").read_text().startswith("# faults")
 
 
 def test_detector_in_short(tmp_path):
     result = benchmarks("detector", "--steps", 300, "--seeds", 2, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "detector.json").read_text())["rows"]
+    assert (tmp_path / "detector.md").read_text().startswith("# detector")
 
 
 def test_overhead_in_short(tmp_path):
@@ -103,6 +106,7 @@ def test_overhead_in_short(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "vs clip_grad_norm_" in result.stdout
     assert (tmp_path / "overhead.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "overhead.md").read_text().startswith("# overhead")
     rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]
     assert {row["parameters"] for row in rows} > {1386, 4096, 16_384}
     assert all(set(row["own_us"]) == {"zclip_optim", "zclip 1.0.0", "clip_grad_norm_", "autoclip"} for row in rows)

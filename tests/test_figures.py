@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.figures import (
+from benchmarks.report.figures import (
     FIGURES,
     labelled,
     loss_figure,
@@ -21,8 +21,8 @@ from benchmarks.figures import (
     tokens_per_second,
     tokens_to_loss,
 )
-from benchmarks.records import read_records, write_records
-from benchmarks.run import StepRecord
+from benchmarks.report.records import read_records, write_records
+from benchmarks.training.run import StepRecord
 
 
 def run_of(method="zclip_optim", steps=120, scale=1.0):

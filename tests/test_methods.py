@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.methods import METHODS, total_norm
+from benchmarks.training.methods import METHODS, total_norm
 
 CLIPPERS = ("published", "autoclip", "zclip_optim", "paper", "capped")
 

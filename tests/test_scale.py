@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.model import LanguageModel, ModelConfig
+from benchmarks.training.llama import LanguageModel, ModelConfig
 from zclip_optim import ZClipOptimizer
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -124,7 +124,7 @@ def test_group_statistics_travel_together(ranks):
 
 @pytest.mark.parametrize("ranks", [1024], indirect=True)
 def test_what_torch_itself_takes(ranks):
-    """As the comparison in benchmarks/README.md says."""
+    """As the comparison in benchmarks/results/collectives.md says."""
     model = sharded_model(SMALL, hybrid, ranks)
     collectives = collectives_of(lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     reductions = [one for one in collectives if "reduce" in one.op]

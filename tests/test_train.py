@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.model import LanguageModel
-from benchmarks.presets import PRESETS
+from benchmarks.training.llama import LanguageModel
+from benchmarks.training.presets import PRESETS
 
 pytestmark = pytest.mark.xdist_group("processes")
 

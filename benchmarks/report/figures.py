@@ -1,12 +1,7 @@
-"""Draws runs from their JSON lines, as `train`, `sweep` and `compare` write them: one figure for each question.
-
-The first run is the baseline whose final loss the others are to reach. Writes overview.png, loss.png, norms.png,
-tokens.png, clipped.png, statistics.png, normality.png and throughput.png to --out, and prints the tests of normality.
-"""
+"""The figures of runs, one for each question, by name in FIGURES, and the table of the tests of normality."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, pairwise
@@ -17,13 +12,10 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import UserError
-from benchmarks.methods import METHODS
-from benchmarks.options import add_out_option, prepare_folder
-from benchmarks.plots import COLORS, STYLE, corrupted_steps, loss_panel, mark_corrupted, norm_panel, running_mean
-from benchmarks.records import read_records
-from benchmarks.report import FINAL, final_loss, markdown, steps_to_loss
-from benchmarks.run import StepRecord
+from benchmarks.report.plots import COLORS, STYLE, corrupted_steps, loss_panel, mark_corrupted, norm_panel, running_mean
+from benchmarks.report.summary import FINAL, final_loss, markdown, steps_to_loss
+from benchmarks.training.methods import METHODS
+from benchmarks.training.run import StepRecord
 
 Runs = Mapping[str, Sequence[StepRecord]]  # by label
 Draw = Callable[[Runs], Figure]
@@ -32,25 +24,6 @@ WINDOW = 100  # steps: of the share of clipped steps, and of each sample of norm
 SAMPLE_STARTS = {"early": 0.2, "mid": 0.5}  # share of the run at which a sample of norms starts
 SMALLEST_SAMPLE = 3  # norms, that can be tested
 SIGNIFICANT = 0.05
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The runs, and where the figures go."""
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN.jsonl", help="one line of JSON per step")
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="one for each run, instead of its method's name")
-    add_out_option(parser)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Reads the runs and draws them."""
-    if args.labels is not None and len(args.labels) != len(args.runs):
-        raise UserError(f"--labels: {len(args.labels)} for {len(args.runs)} runs")
-    runs = labelled([read_records(path) for path in args.runs], args.labels)
-    prepare_folder(args.out)
-    for name, draw in FIGURES.items():
-        save(draw, runs, args.out / f"{name}.png")
-    print(normality_table(runs))
-    print(f"\nwritten to {args.out}: {', '.join(f'{name}.png' for name in FIGURES)}")
 
 
 def save(draw: Draw, runs: Runs, path: Path) -> None:

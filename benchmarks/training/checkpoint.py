@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from benchmarks import UserError
-from benchmarks.run import Run
+from benchmarks.training.run import Run
 
 # What a training must have in common with the checkpoint that it goes on from.
 FIXED = ("method", "data", "architecture", "preset", "steps", "lr", "seed", "batch", "corrupt")

@@ -16,14 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.architectures import ARCHITECTURES
-from benchmarks.cartpole import CartPoleRun, EpisodeRecord
-from benchmarks.distributed import default_device
-from benchmarks.methods import METHODS, Method
-from benchmarks.presets import PRESETS
-from benchmarks.records import write_records
-from benchmarks.report import summarize, write_json
-from benchmarks.run import Run, StepRecord, TrainConfig
+from benchmarks.report.records import write_records
+from benchmarks.report.summary import summarize, write_json
+from benchmarks.training.architectures import ARCHITECTURES
+from benchmarks.training.cartpole import CartPoleRun, EpisodeRecord
+from benchmarks.training.distributed import default_device
+from benchmarks.training.methods import METHODS, Method
+from benchmarks.training.presets import PRESETS
+from benchmarks.training.run import Run, StepRecord, TrainConfig
 from zclip_optim import NonFiniteGradientError, ZClipWarning
 
 CARTPOLE = "cartpole"

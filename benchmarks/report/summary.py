@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from benchmarks.run import StepRecord, TrainConfig
+from benchmarks.training.run import StepRecord, TrainConfig
 
 FINAL = 50  # clean steps that the final loss is the mean of
 WINDOW = 50  # clean steps before, that a loss is compared with

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from benchmarks.methods import Method
-from benchmarks.run import StepRecord
+from benchmarks.training.methods import Method
+from benchmarks.training.run import StepRecord
 
 HIDDEN = 128
 DISCOUNT = 0.99

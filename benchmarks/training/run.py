@@ -16,11 +16,11 @@ from torch.nn import functional
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.architectures import ARCHITECTURES
-from benchmarks.data import Batches, bad_shard
-from benchmarks.distributed import mean_over_ranks, rank_and_count
-from benchmarks.methods import Method
-from benchmarks.presets import PRESETS, Preset
+from benchmarks.training.architectures import ARCHITECTURES
+from benchmarks.training.data import Batches, bad_shard
+from benchmarks.training.distributed import mean_over_ranks, rank_and_count
+from benchmarks.training.methods import Method
+from benchmarks.training.presets import PRESETS, Preset
 
 DIVERGED_AFTER = 10  # non-finite losses in a row that end a run
 

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Generator, Tensor
 
-from benchmarks.data import entropy, step_generator
+from benchmarks.training.data import entropy, step_generator
 
 HELD_OUT_SHARE = 5  # every 5th image is validation
 MAX_GREY = 16.0

@@ -9,8 +9,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from benchmarks import UserError
-from benchmarks.report import strict_json
-from benchmarks.run import StepRecord
+from benchmarks.report.summary import strict_json
+from benchmarks.training.run import StepRecord
 
 NAMES = [field.name for field in fields(StepRecord)]
 INFINITE = {"threshold"}  # null stands for no threshold; elsewhere for NaN

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from benchmarks import paper
-from benchmarks.cells import BAD_SHARD, CARTPOLE, CLEAN, Cell
-from benchmarks.methods import METHODS
-from benchmarks.presets import PRESETS
-from benchmarks.report import markdown
+from benchmarks.paper import published
+from benchmarks.paper.cells import BAD_SHARD, CARTPOLE, CLEAN, Cell
+from benchmarks.report.summary import markdown
+from benchmarks.training.methods import METHODS
+from benchmarks.training.presets import PRESETS
 from zclip_optim import ZClip
 
 BATCH = {"nano": 8}  # examples per step, where not the preset's: more steps in the same time
@@ -153,32 +153,35 @@ TABLES = {
         Table(
             "lr",
             "Learning rates (paper: Table 2)",
-            by_rate(("fixed", "zclip_optim", "capped"), RATES, paper.RATES),
-            paper=paper.RATE_COLUMNS,
+            by_rate(("fixed", "zclip_optim", "capped"), RATES, published.RATES),
+            paper=published.RATE_COLUMNS,
         ),
         Table(
             "methods",
             "Methods (paper: Table 3)",
-            tuple(Row(METHODS[name].label, name, paper=paper.METHODS.get(name, ())) for name in ALL),
-            paper=paper.TEST_COLUMNS,
+            tuple(Row(METHODS[name].label, name, paper=published.METHODS.get(name, ())) for name in ALL),
+            paper=published.TEST_COLUMNS,
         ),
         Table(
             "options",
             "What a spike is clipped to (paper: Table 5)",
             tuple(
                 Row(METHODS[name].options.get("clip_option", "reciprocal"), name, paper=figures)
-                for name, figures in paper.OPTIONS.items()
+                for name, figures in published.OPTIONS.items()
             ),
-            paper=paper.TEST_COLUMNS,
+            paper=published.TEST_COLUMNS,
         ),
         Table(
-            "z_thresh", "Threshold (paper: Table 6)", by_option("z_thresh", paper.Z_THRESH), paper=paper.TRAIN_COLUMNS
+            "z_thresh",
+            "Threshold (paper: Table 6)",
+            by_option("z_thresh", published.Z_THRESH),
+            paper=published.TRAIN_COLUMNS,
         ),
         Table(
             "alpha",
             "Decay of the statistics (paper: Table 7)",
-            by_option("alpha", paper.ALPHA),
-            paper=paper.TRAIN_COLUMNS,
+            by_option("alpha", published.ALPHA),
+            paper=published.TRAIN_COLUMNS,
         ),
         Table("extreme", "Rates where norms stay high", by_rate(("paper", "zclip_optim"), EXTREME_RATES)),
         Table(

@@ -1,4 +1,4 @@
-"""The look that all figures share, their panels, and the figure of `overhead`."""
+"""The look that all figures share, and the panels of runs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
-from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from benchmarks.overhead import Row
-from benchmarks.run import StepRecord
+from benchmarks.training.run import StepRecord
 
 SMOOTH = 15  # clean steps in the running mean of the loss
 COLORS = ("#7f7f7f", "#e07b00", "#1769c2", "#2a9d4a", "#c0392b", "#7d4fb3")
@@ -77,30 +73,3 @@ def plottable(values: Iterable[float]) -> list[float]:
 def running_mean(values: Sequence[float], width: int) -> list[float]:
     """Mean of the last `width` values up to each one."""
     return [statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
-
-
-def overhead_figure(by_tensors: Sequence[Row], by_parameters: Sequence[Row], path: Path) -> None:
-    """Every method's own cost against the number of tensors, and of parameters with the limit of one read.
-
-    Args:
-        by_tensors: rows of models that differ in the number of tensors.
-        by_parameters: rows of models that differ in the size of the tensors.
-        path: the PNG to write.
-    """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        growth_panel(left, by_tensors, [row.tensors for row in by_tensors], "tensors of 1,024 elements")
-        growth_panel(right, by_parameters, [row.parameters for row in by_parameters], "parameters, in 8 tensors")
-        figure.savefig(path, dpi=100)
-
-
-def growth_panel(axes: Axes, rows: Sequence[Row], sizes: Sequence[int], label: str) -> None:
-    """Own cost of every method, and the time of one read, on log-log axes."""
-    for color, method in zip(cycle(COLORS[2:]), rows[0].own_us if rows else (), strict=False):
-        axes.loglog(sizes, plottable(row.own_us[method] for row in rows), "o-", color=color, markersize=3, label=method)
-    axes.loglog(
-        sizes, [row.read_us for row in rows], "--", color="black", linewidth=1, label="one sum over each gradient"
-    )
-    axes.set(title="Clipping's own cost per step", xlabel=label, ylabel="microseconds")
-    axes.legend(frameon=False, fontsize=8)

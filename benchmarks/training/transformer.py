@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from benchmarks.model import ModelConfig
+from benchmarks.training.llama import ModelConfig
 
 INIT_STD = 0.02
 

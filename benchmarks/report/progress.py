@@ -7,7 +7,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from benchmarks.run import StepRecord
+from benchmarks.training.run import StepRecord
 
 
 def progress_interval() -> float:

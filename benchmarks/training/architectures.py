@@ -8,12 +8,13 @@ from pathlib import Path
 
 from torch import nn
 
-from benchmarks import UserError, data, digits
-from benchmarks.data import Batches, TextBatches, load_corpus
-from benchmarks.digits import DigitBatches
-from benchmarks.model import LanguageModel
-from benchmarks.presets import Preset
-from benchmarks.transformer import GPT2, VisionTransformer
+from benchmarks import UserError
+from benchmarks.training import data, digits
+from benchmarks.training.data import Batches, TextBatches, load_corpus
+from benchmarks.training.digits import DigitBatches
+from benchmarks.training.llama import LanguageModel
+from benchmarks.training.presets import Preset
+from benchmarks.training.transformer import GPT2, VisionTransformer
 
 # Opens the data: paths given by the user, preset, examples per step, seed, schedule of corrupted steps.
 Open = Callable[[Sequence[Path], Preset, int, int, dict[int, str]], Batches]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from benchmarks.run import Injection
+from benchmarks.training.run import Injection
 
 Parameters = Sequence[nn.Parameter]
 

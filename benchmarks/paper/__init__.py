@@ -1,0 +1,1 @@
+"""The tables of the paper: their cells, their rows and the figures published there."""

@@ -1,0 +1,1 @@
+"""What trains: models, data, methods, and the run that brings them together."""
