@@ -25,7 +25,7 @@ from benchmarks.training.presets import PRESETS
 from benchmarks.training.run import Run, StepRecord, TrainConfig
 from zclip_optim import ZClip
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CELL = Cell("vit", "zclip_optim", lr=1e-3, seed=0, condition="bad shard", steps=30, batch=8)
 
 

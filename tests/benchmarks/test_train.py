@@ -16,7 +16,7 @@ from benchmarks.training.presets import PRESETS
 
 pytestmark = pytest.mark.xdist_group("processes")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

@@ -17,7 +17,7 @@ from training import make_batch, make_model, parameters
 
 from zclip_optim import ZClip, ZClipOptimizer
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 STEPS = 60
 ELSEWHERE = {
@@ -121,7 +121,7 @@ def test_fsdp2_on_two_ranks():
     example = textwrap.indent(block("fully_shard"), "    ")
     code = f"""if True:
     import sys, torch
-    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    sys.path.insert(0, {str(Path(__file__).parents[1] / "helpers")!r})
     from training import make_batch, make_model
     torch.set_num_threads(1)
     rendezvous = "file://{Path("rendezvous").absolute()}"

@@ -10,7 +10,7 @@ from training import make_model, train
 from zclip_optim import ZClipOptimizer
 
 STEPS, OUTLIERS = 300, (60, 150, 151, 240)
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf8")
 RECIPE = re.search(r"```python\n(def save_checkpoint.*?)```", README, flags=re.DOTALL).group(1)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.__main__ import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def benchmarks(*args):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from test_parallel import INNER, OPTIONS, Fsdp1, Fsdp2, Hsdp, Plain, mesh_of
+from test_torch_parallel import INNER, OPTIONS, Fsdp1, Fsdp2, Hsdp, Plain, mesh_of
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import ReferenceZClip
-from test_zclip import OPTIONS
+from test_algorithm import OPTIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import backward, make_model, parameters, set_gradients, train
 

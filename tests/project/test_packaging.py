@@ -15,7 +15,7 @@ from inner_optimizers import CASES
 
 import zclip_optim
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf8")
 EXTRAS = ["lightning", "accelerate", "transformers", "matplotlib", "tensorboard", "tqdm", "zclip", "torch_optimizer"]
 
