@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+Where: TypeAlias = Callable[[Any, Any, Any], Any]
 Scalar: TypeAlias = Any  # a Python number, or a tensor: of one value without dimensions, of all scopes with one
 
 TINY = 2.0**-126  # stands in for a z-score denominator of 0; a normal number in float32 too
@@ -197,6 +198,7 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
     Returns:
         The `Decision`, of the same kind, device and shape as `norm`.
     """
+    where = where_for(norm)
     mean, std, warm = stats.mean, stats.var**0.5, stats.step >= config.warmup_steps
     usable = (norm > 0) & (norm < math.inf)
     g = where(usable, norm, 1.0)  # some number to go on with, where the norm is left alone
@@ -207,9 +209,9 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
     # g*_t is the threshold on a spike, unless `clip_factor` > 1 lifts that over g_t, and g_t otherwise
     threshold = _spike_threshold(where(is_spike, z, config.z_thresh), mean, std, config)
     g_star = where(is_spike & (threshold < g), threshold, g)
-    capped = _capped(g_star, config.max_grad_norm)
+    capped = _capped(g_star, config.max_grad_norm, where)
     ordinary = where(warm, mean + config.z_thresh * scale, math.inf)
-    after = _updated(g_star, is_spike, stats, config)
+    after = _updated(g_star, is_spike, stats, config, where)
     limit, z_score = where(is_spike, threshold, ordinary), where(warm, z, math.nan)
     too_far = is_spike & (z > config.z_skip) & (stats.streak < SKIPS_IN_A_ROW) if config.z_skip is not None else False
     clipped = Decision(capped / g, capped, limit, z_score, is_spike, too_far, after)
@@ -228,13 +230,13 @@ def _spike_threshold(z: Scalar, mean: Scalar, std: Scalar, config: ZClipConfig) 
     return mean + config.clip_factor * xi * std
 
 
-def _capped(g_star: Scalar, cap: float | None) -> Scalar:
+def _capped(g_star: Scalar, cap: float | None, where: Where) -> Scalar:
     return g_star if cap is None else where(g_star < cap, g_star, cap)
 
 
-def _updated(g_star: Scalar, is_spike: Scalar, stats: NormStats, config: ZClipConfig) -> NormStats:
+def _updated(g_star: Scalar, is_spike: Scalar, stats: NormStats, config: ZClipConfig, where: Where) -> NormStats:
     mean, var, step, streak, clipped_steps = stats
-    new_mean, new_var = _averaged(g_star, stats, config)
+    new_mean, new_var = _averaged(g_star, stats, config, where)
     if config.patience is not None:
         # from the 11th spike in a row on:   sigma^2 <- max(sigma^2, what the update gives)
         new_var = where(is_spike & (streak >= STEADY_AFTER) & (new_var < var), var, new_var)
@@ -247,7 +249,7 @@ def _updated(g_star: Scalar, is_spike: Scalar, stats: NormStats, config: ZClipCo
     return NormStats(new_mean, new_var, step + 1, where(is_spike, streak + 1, 0), clipped_steps + is_spike)
 
 
-def _averaged(g_star: Scalar, stats: NormStats, config: ZClipConfig) -> tuple[Scalar, Scalar]:
+def _averaged(g_star: Scalar, stats: NormStats, config: ZClipConfig, where: Where) -> tuple[Scalar, Scalar]:
     """Mean and variance with one norm more: exponential averages, in warm-up the exact ones (Welford)."""
     mean, var, step, _, _ = stats
     warm, count = step >= config.warmup_steps, step + 1
@@ -268,10 +270,16 @@ def is_not_finite(norm: Scalar) -> Scalar:
     return (norm != norm) | (norm == math.inf)
 
 
-def where(condition: Scalar, x: Any, y: Any) -> Any:
-    """`torch.where` for numbers and tensors, and for tuples of them."""
-    if not isinstance(condition, torch.Tensor):
-        return x if condition else y
+def where_for(value: Scalar) -> Where:
+    """What selects, by a condition, one of two values of this kind or of two tuples of them."""
+    return _where_tensors if isinstance(value, torch.Tensor) else _where_numbers
+
+
+def _where_numbers(condition: bool, x: Any, y: Any) -> Any:
+    return x if condition else y
+
+
+def _where_tensors(condition: Any, x: Any, y: Any) -> Any:
     if isinstance(x, tuple):
-        return type(x)(*[where(condition, *pair) for pair in zip(x, y, strict=True)])
+        return type(x)(*[_where_tensors(condition, *pair) for pair in zip(x, y, strict=True)])
     return torch.where(condition, x, y)

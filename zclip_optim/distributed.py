@@ -17,6 +17,7 @@ from zclip_optim.norm import device_norm, gradient_norm, wide_dtype
 
 ProcessGroups: TypeAlias = "dist.ProcessGroup | Sequence[dist.ProcessGroup] | None"
 Groups: TypeAlias = tuple[Any, ...]  # of ProcessGroups, a class that not every build of torch has
+AVAILABLE = dist.is_available()  # a property of the build of torch
 PLAIN = {Parameter, Tensor, type(None)}
 
 
@@ -49,7 +50,7 @@ class _Layout(NamedTuple):
 
 def in_use() -> bool:
     """Whether this process is one of several, or was started as if."""
-    return dist.is_available() and dist.is_initialized()
+    return AVAILABLE and dist.is_initialized()
 
 
 def as_groups(process_group: ProcessGroups) -> Groups | None:

@@ -26,9 +26,8 @@ class Gradients:
     """
 
     def __init__(self, param_groups: ParamGroups, scope: str) -> None:
-        self.param_groups = param_groups
-        self.device = _accelerator(param_groups)
-        self.scopes = [[group] for group in param_groups] if scope == "group" else [param_groups]
+        self.param_groups, self.device = param_groups, _accelerator(param_groups)
+        self.scopes = [param_groups] if scope == "global" else [[group] for group in param_groups]
         self._local = [collect_gradients(groups) for groups in self.scopes]
 
     def norms(self) -> Any:

@@ -30,6 +30,7 @@ class Health:
 
     def __init__(self, config: ZClipConfig, records: Sequence[StepRecord]) -> None:
         self.config = config
+        self._warmup = config.warmup_steps
         self._patience = math.inf if config.patience is None else config.patience
         self._said: set[str] = set()
         self.go_on_from(records)
@@ -45,37 +46,37 @@ class Health:
             return
         for scope, (before, after) in enumerate(zip(self._seen, records, strict=True)):
             old, new = before.decision.stats, after.decision.stats
-            self._check_warm_up(scope, old, new)
-            self._check_regime(scope, old, new)
-            self._check_clip_rate(scope, new)
-        self._check_nonfinite(records[0].nonfinite_streak)
+            if old.step < self._warmup <= new.step:
+                self._check_warm_up(scope, new)
+            if old.streak <= self._patience < new.streak:
+                self._warn_of_regime(scope, new)
+            if new.step - self._window_starts[scope].step >= WINDOW:
+                self._check_clip_rate(scope, new)
+        if records[0].failed:
+            self._check_nonfinite(records[0].nonfinite_streak)
         self._seen = records
 
-    def _check_warm_up(self, scope: int, old: NormStats, new: NormStats) -> None:
-        warmup = self.config.warmup_steps
-        if old.step < warmup <= new.step and warmup > 1 and new.var**0.5 <= NO_SPREAD * new.mean:
+    def _check_warm_up(self, scope: int, new: NormStats) -> None:
+        if self._warmup > 1 and new.var**0.5 <= NO_SPREAD * new.mean:
             self.warn(
                 "warm-up",
-                f"all {warmup} gradient norms of the warm-up{self._where(scope)} were {new.mean:.4g}: probably they "
-                "were clipped before they got here, which hides every spike. Turn that clipping off (a trainer's "
+                f"all {self._warmup} gradient norms of the warm-up{self._where(scope)} were {new.mean:.4g}: probably "
+                "they were clipped before they got here, which hides every spike. Turn that clipping off (a trainer's "
                 "max_grad_norm or gradient_clip_val, clip_grad_norm_ in a loop)",
             )
 
-    def _check_regime(self, scope: int, old: NormStats, new: NormStats) -> None:
-        if old.streak <= self._patience < new.streak:
-            self.warn(
-                "regime",
-                f"more than patience={self.config.patience} spikes in a row{self._where(scope)}, at step {new.step}: "
-                f"until a step is none, mean and std, now {new.mean:.4g} and {new.var**0.5:.4g}, rise twofold in 1,000 "
-                "steps, and gradients are still clipped. If the run is diverging, lower the learning rate",
-            )
+    def _warn_of_regime(self, scope: int, new: NormStats) -> None:
+        self.warn(
+            "regime",
+            f"more than patience={self.config.patience} spikes in a row{self._where(scope)}, at step {new.step}: "
+            f"until a step is none, mean and std, now {new.mean:.4g} and {new.var**0.5:.4g}, rise twofold in 1,000 "
+            "steps, and gradients are still clipped. If the run is diverging, lower the learning rate",
+        )
 
     def _check_clip_rate(self, scope: int, new: NormStats) -> None:
-        start = self._window_starts[scope]
+        """At the end of a window, where the next one starts."""
+        start, self._window_starts[scope] = self._window_starts[scope], new
         steps, clipped = new.step - start.step, new.clipped_steps - start.clipped_steps
-        if steps < WINDOW:
-            return
-        self._window_starts[scope] = new
         if clipped > HIGH_CLIP_RATE * steps:
             self.warn(
                 "clip rate",

@@ -70,7 +70,9 @@ def real_values(gradient: Tensor) -> Tensor:
 
 
 def _sum_of_squares(gradients: list[Tensor]) -> float:
-    if 0 < len(gradients) <= FEW and all(map(_is_short, gradients)):
+    if 0 < len(gradients) <= FEW and all(
+        [g.dtype is torch.float32 and g.numel() <= SHORT and not g.is_sparse for g in gradients]
+    ):
         return sum([float(norm * norm) for norm in map(Tensor.item, torch._foreach_norm(gradients))])
     total = 0.0
     batch: list[Tensor] = []
@@ -86,10 +88,6 @@ def _sum_of_squares(gradients: list[Tensor]) -> float:
         batch.append(g)
         room -= size
     return total + _sum_over_batch(batch) if batch else total
-
-
-def _is_short(g: Tensor) -> bool:
-    return g.dtype is torch.float32 and g.numel() <= SHORT and not g.is_sparse
 
 
 def _sum_over_batch(batch: list[Tensor]) -> float:

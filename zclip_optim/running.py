@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zclip_optim.algorithm import Decision, Scalar, ZClipConfig, decide, is_not_finite, where
+from zclip_optim.algorithm import Decision, Scalar, ZClipConfig, decide, is_not_finite, where_for
 from zclip_optim.health import ZClipWarning
 from zclip_optim.norm import wide_dtype
 from zclip_optim.state import Counters, StepRecord
@@ -34,13 +34,20 @@ class Verdict(NamedTuple):
 
 
 def advance(
-    records: Sequence[StepRecord], norms: Sequence[Scalar], config: ZClipConfig, new_step: bool
+    records: Sequence[StepRecord],
+    norms: Sequence[Scalar],
+    total: Scalar,
+    any_of: Callable[[Sequence[Scalar]], Scalar],
+    config: ZClipConfig,
+    new_step: bool,
 ) -> tuple[list[StepRecord], list[Scalar], Scalar]:
     """Take one step, or one further evaluation of a closure within it.
 
     Args:
         records: of the step before, one per scope; or a single one of tensors with an element per scope.
         norms: of the same kinds.
+        total: the norm over all scopes.
+        any_of: whether a flag of any scope is set, of flags like `records`.
         config: hyperparameters.
         new_step: False for a further evaluation: it is decided on by the statistics that the step began with, is
             never skipped as a spike, and changes nothing but what is known of norms that are not finite.
@@ -48,29 +55,30 @@ def advance(
     Returns:
         The records of this step, the coefficients, both like `records`, and whether the optimizer must not step.
     """
-    total = _total(norms)
-    failed = is_not_finite(total)
-    decisions = []
+    where, failed = where_for(total), is_not_finite(total)
+    refused = failed & (config.nonfinite != "pass")
+    coefs, decisions = [], []
     for record, norm in zip(records, norms, strict=True):
         stats = record.decision.stats if new_step else record.before
         # If the norm of one scope is not finite, the step is not taken and the statistics of none move.
-        decisions.append(decide(where(failed, total, norm), stats, config))
-    refused = failed & (config.nonfinite != "pass")
-    if new_step:
-        skip = _any([decision.skip for decision in decisions])
-        after = [_begun(*each, skip, refused) for each in zip(records, norms, decisions, strict=True)]
-    else:
-        skip = refused
-        after = [_went_on(record, refused) for record in records]
-    return after, [decision.clip_coef for decision in decisions], skip
+        decision = decide(where(failed, total, norm), stats, config)
+        coefs.append(decision.clip_coef)
+        decisions.append(decision)
+    if not new_step:
+        return [_went_on(record, refused) for record in records], coefs, refused
+    skip = any_of([decision.skip for decision in decisions])
+    after = [_begun(*each, skip, refused) for each in zip(records, norms, decisions, strict=True)]
+    return after, coefs, skip
 
 
 def _begun(before: StepRecord, norm: Scalar, decided: Decision, skip: Scalar, refused: Scalar) -> StepRecord:
     """The record of a step after its first evaluation."""
-    coef, clipped_norm, threshold, z_score, is_spike, _, stats = decided
-    decision = Decision(coef, clipped_norm, threshold, z_score, is_spike, skip, stats)
-    counters = Counters(before.counters.skipped_steps + skip, before.nonfinite_streak + refused)
-    return StepRecord(before.decision.stats, norm, decision, refused, counters)
+    coef, clipped_norm, threshold, z_score, is_spike, skip_alone, stats = decided
+    if skip is not skip_alone:
+        decided = Decision(coef, clipped_norm, threshold, z_score, is_spike, skip, stats)
+    skipped_steps, streak = before.counters
+    counters = Counters(skipped_steps + skip, streak * (before.failed != 0) + refused)
+    return StepRecord(before.decision.stats, norm, decided, refused, counters)
 
 
 def _went_on(record: StepRecord, refused: Scalar) -> StepRecord:
@@ -80,35 +88,18 @@ def _went_on(record: StepRecord, refused: Scalar) -> StepRecord:
     return StepRecord(before, norm, decision, refused | (failed != 0), counters)
 
 
-def _total(norms: Sequence[Scalar]) -> Scalar:
-    """The norm over all scopes."""
-    first = norms[0]
-    if isinstance(first, Tensor):
-        return first if len(first) == 1 else torch.linalg.vector_norm(first, keepdim=True)
-    return first if len(norms) == 1 else math.hypot(*norms)
-
-
-def _any(flags: Sequence[Scalar]) -> Scalar:
-    """Whether a flag of any scope is set."""
-    return flags[0].any(0, keepdim=True) if isinstance(flags[0], Tensor) else any(flags)
-
-
 class HostState:
     """One `StepRecord` per scope, as numbers."""
 
     device: torch.device | None = None
 
     def __init__(self, records: Sequence[StepRecord]) -> None:
-        self.records = list(records)
-
-    @property
-    def n_scopes(self) -> int:
-        """How many records there are."""
-        return len(self.records)
+        self.records, self.n_scopes = list(records), len(records)
 
     def step(self, norms: Sequence[float], config: ZClipConfig, new_step: bool) -> Verdict:
         """Decide on the norms of all scopes; see `advance`."""
-        self.records, coefs, skip = advance(self.records, norms, config, new_step)
+        total = norms[0] if len(norms) == 1 else math.hypot(*norms)
+        self.records, coefs, skip = advance(self.records, norms, total, any, config, new_step)
         return Verdict(coefs, skip)
 
     def read(self) -> list[StepRecord]:
@@ -135,16 +126,11 @@ class DeviceState:
     """
 
     def __init__(self, records: Sequence[StepRecord], device: torch.device) -> None:
-        self.device = device
+        self.device, self.n_scopes = device, len(records)
         self.values = _packed(records).to(device, wide_dtype(device))
         self.last_read = list(records)
         self._is_behind = False  # what was read last is not what the device has
         self._was_captured = False  # so there may be steps that nobody here hears of
-
-    @property
-    def n_scopes(self) -> int:
-        """How many records there are."""
-        return self.values.shape[1]
 
     @torch.no_grad()
     def step(self, norms: Tensor, config: ZClipConfig, new_step: bool) -> Verdict:
@@ -186,10 +172,16 @@ Advance = Callable[[Tensor, Tensor, ZClipConfig, bool], tuple[Tensor, Tensor]]
 
 
 def _advance_in_place(values: Tensor, norms: Tensor, config: ZClipConfig, new_step: bool) -> tuple[Tensor, Tensor]:
-    (record,), (coefs,), skip = advance([StepRecord.unpack(values.unbind())], [norms], config, new_step)
+    total = norms if len(norms) == 1 else torch.linalg.vector_norm(norms, keepdim=True)
+    records = [StepRecord.unpack(values.unbind())]
+    (record,), (coefs,), skip = advance(records, [norms], total, _any_of_tensors, config, new_step)
     zeros = torch.zeros_like(norms)
     values.copy_(torch.stack([zeros + value for value in record.pack()]))
     return coefs, skip
+
+
+def _any_of_tensors(flags: Sequence[Tensor]) -> Tensor:
+    return flags[0].any(0, keepdim=True)
 
 
 @functools.cache
