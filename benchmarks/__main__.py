@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "benchmarks.compare",
     "faults": "benchmarks.faults",
     "detector": "benchmarks.detector",
+    "defaults": "benchmarks.defaults",
     "overhead": "benchmarks.overhead",
     "gpu": "benchmarks.gpu",
     "train": "benchmarks.train",
