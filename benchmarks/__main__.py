@@ -16,6 +16,8 @@ COMMANDS = {
     "compare": "benchmarks.compare",
     "faults": "benchmarks.faults",
     "detector": "benchmarks.detector",
+    "instability": "benchmarks.instability",
+    "regret": "benchmarks.regret",
     "defaults": "benchmarks.defaults",
     "overhead": "benchmarks.overhead",
     "gpu": "benchmarks.gpu",
