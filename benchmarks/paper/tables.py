@@ -220,6 +220,7 @@ def summarize_rows(
         figures = outcome(cell)
         entry["cells"].append(cell.name)
         entry["counted"].append(not figures.get("diverged", False))
+        entry["values"]["measure"].append(figures["measure"])
         for column in table.columns:
             entry["values"][column.key].append(figures[column.key])
     for entry in rows.values():
@@ -236,13 +237,17 @@ def new_entry(table: Table, row: Row, condition: str, cell: Cell) -> dict[str, A
         "architecture": row.architecture,
         "method": row.method,
         "options": dict(row.options),
+        "settings": cell.clipping.settings,
+        "preset": cell.preset,
+        "unit": cell.unit,
+        "scale_free": cell.scale_free,
         "lr": cell.lr,
         "steps": cell.steps,
         "batch": cell.batch,
         "paper": dict(zip(table.paper, row.paper, strict=False)),
         "cells": [],
         "counted": [],  # whether the run did not diverge
-        "values": {column.key: [] for column in table.columns},
+        "values": {column.key: [] for column in table.columns} | {"measure": []},
     }
 
 

@@ -12,10 +12,10 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical
 
 from benchmarks.training.methods import Method
 from benchmarks.training.run import StepRecord
@@ -42,7 +42,7 @@ class CartPoleRun:
         torch.manual_seed(seed)
         self.method, self.lr, self.seed = method, lr, seed
         self.actions, self.solved = 0, False
-        self.environment = gymnasium.make("CartPole-v1")
+        self.environment = gymnasium.make("CartPole-v1", disable_env_checker=True)
         self.policy = nn.Sequential(nn.Linear(4, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2))
         self.stepper = method.start(self.policy, torch.optim.Adam(self.policy.parameters(), lr=lr))
 
@@ -59,8 +59,9 @@ class CartPoleRun:
 
     def _episode(self, episode: int) -> EpisodeRecord:
         start = time.perf_counter()
-        log_probabilities, rewards = self._play(self.seed * 1_000_003 + episode)
-        loss = -(torch.stack(log_probabilities) * standardized_returns(rewards)).sum()
+        states, actions, rewards = self._play(self.seed * 1_000_003 + episode)
+        log_probabilities = self.policy(states).log_softmax(1).gather(1, actions).squeeze(1)
+        loss = -(log_probabilities * standardized_returns(rewards)).sum()
         self.actions += len(rewards)
         self.stepper.optimizer.zero_grad()
         loss.backward()
@@ -77,18 +78,19 @@ class CartPoleRun:
             episode_return=sum(rewards),
         )
 
-    def _play(self, seed: int) -> tuple[list[Tensor], list[float]]:
-        """One episode: the log probability of each action, and its reward."""
+    @torch.no_grad()
+    def _play(self, seed: int) -> tuple[Tensor, Tensor, list[float]]:
+        """One episode: states (n, 4), actions (n, 1) and their rewards."""
         state, _ = self.environment.reset(seed=seed)
-        log_probabilities, rewards, ended = [], [], False
+        random, states, actions, rewards, ended = Random(seed), [], [], [], False
         while not ended:
-            policy = Categorical(logits=self.policy(torch.as_tensor(state)))
-            action = policy.sample()
-            log_probabilities.append(policy.log_prob(action))
-            state, reward, terminated, truncated, _ = self.environment.step(action.item())
+            states.append(torch.as_tensor(state))
+            left, right = self.policy(states[-1]).softmax(0).tolist()
+            actions.append(int(random.random() * (left + right) < right))
+            state, reward, terminated, truncated, _ = self.environment.step(actions[-1])
             rewards.append(float(reward))
             ended = terminated or truncated
-        return log_probabilities, rewards
+        return torch.stack(states), torch.tensor(actions).unsqueeze(1), rewards
 
 
 def standardized_returns(rewards: list[float]) -> Tensor:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from zclip_optim import ZClipOptimizer
+from benchmarks.training.former import FormerDefault
+from zclip_optim import ZClip, ZClipOptimizer
 
 ROUNDING = 1e-5  # relative; both packages divide by a norm plus 1e-6, in float32
 
@@ -50,7 +51,7 @@ class Stepper:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of a comparison; `options` are for ZClipOptimizer."""
+    """A row of a comparison; `options` are for its stepper: of ZClipOptimizer, or the threshold of fixed clipping."""
 
     name: str
     label: str
@@ -66,8 +67,13 @@ class Method:
         """Whether it is ZClipOptimizer, with whatever options."""
         return self.stepper is ZClipped
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All options of ZClipOptimizer, with today's defaults for those not given; empty for other methods."""
+        return asdict(ZClip(**self.options).config) if self.ours else {}
+
     def with_options(self, options: Mapping[str, Any]) -> Method:
-        """The same with more options of ZClipOptimizer."""
+        """The same with more options."""
         return replace(self, options={**self.options, **options})
 
 
@@ -82,9 +88,11 @@ class Unclipped(Stepper):
 
 
 class FixedClipping(Stepper):
-    """torch.nn.utils.clip_grad_norm_ at 1.0, the usual setting."""
+    """torch.nn.utils.clip_grad_norm_ at `max_norm`, in gradient-norm units; 1.0 is the usual setting."""
 
-    max_norm = 1.0
+    def __init__(self, model: nn.Module, optimizer: Optimizer, max_norm: float = 1.0) -> None:
+        super().__init__(model, optimizer)
+        self.max_norm = max_norm
 
     def step(self) -> Clipping:
         """Clips at `max_norm`, and steps."""
@@ -107,6 +115,35 @@ class ZClipped(Stepper):
         m = self.optimizer.metrics
         clipped = m.clip_coef < 1  # by max_grad_norm too
         return Clipping(m.grad_norm, m.clipped_norm, m.threshold, clipped, m.skipped, m.z_score, m.mean, m.std)
+
+
+class Former(Stepper):
+    """What this project had for a default first, for the record."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        super().__init__(model, optimizer)
+        self.rule = FormerDefault()
+
+    def step(self) -> Clipping:
+        """Clips, and steps unless the norm is not finite."""
+        grad_norm = total_norm(self.model)
+        if not math.isfinite(grad_norm):
+            return Clipping(grad_norm, grad_norm, skipped=True)
+        clipped_norm = self.rule.clip(grad_norm)
+        clipping = Clipping(grad_norm, clipped_norm, clipped=clipped_norm < grad_norm)
+        if clipping.clipped:
+            for parameter in self.model.parameters():
+                parameter.grad.mul_(clipped_norm / grad_norm)
+        self.optimizer.step()
+        return clipping
+
+    def state(self) -> dict[str, Any]:
+        """The statistics."""
+        return vars(self.rule).copy()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` returned."""
+        vars(self.rule).update(state)
 
 
 class PublishedZClip(Stepper):
@@ -206,6 +243,7 @@ METHODS = {
         Method("zclip_optim", "zclip_optim", ZClipped),
         Method("mean", "zclip_optim, mean", ZClipped, {"clip_option": "mean"}),
         Method("max", "zclip_optim, max", ZClipped, {"clip_option": "max"}),
+        Method("former", "patience=25, winsorised", Former),
         Method("paper", "patience=None", ZClipped, {"patience": None}),
         Method("capped", "max_grad_norm=1.0", ZClipped, {"max_grad_norm": 1.0}),
     )

@@ -26,6 +26,14 @@ WARMUP_1B = 2_000_000_000 / TOKENS_1B  # steps
 STEPS_1B = 11_921  # 50 B tokens
 
 PRESETS = {
+    "pico": Preset(
+        ModelConfig(hidden=64, ffn=192, n_layers=2, n_heads=4, n_kv_heads=4, vocab=256, context=64),
+        steps=500,
+        lr=2e-3,
+        batch=8,
+        warmup_share=0.1,
+        fused=True,
+    ),
     "nano": Preset(
         ModelConfig(hidden=128, ffn=384, n_layers=4, n_heads=4, n_kv_heads=4, vocab=256, context=64),
         steps=500,

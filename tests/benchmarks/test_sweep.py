@@ -156,7 +156,7 @@ def killed(cell, folder, paths):
 
 
 def test_a_killed_worker_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("benchmarks.sweep.run_cell", killed)
+    monkeypatch.setattr("benchmarks.paper.runner.run_cell", killed)
     with pytest.raises(SystemExit):
         sweep(monkeypatch, "options", "--workers", 1, "--out", tmp_path)
     last = capsys.readouterr().err.splitlines()[-1]

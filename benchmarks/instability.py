@@ -1,0 +1,171 @@
+"""Spikes that come by themselves: no corrupted data, only Adam at a constant rate on problems that it fits ever better.
+
+A full-batch regression at three rates, and sums modulo 59 learned by a network with one hidden layer (beta2 0.95 and
+0.98) and by a transformer of one layer. Whoever learns less spikes less by a definition relative to the losses before,
+so that the absolute figures count as much: the mean and the worst loss of the last fifth of the run, and the steps over
+a level. Cells that have ended are kept in OUT/cells and not run again; `regret` shares those that it has in common.
+Writes instability.json, instability.md and instability.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.evidence.results import (
+    Row,
+    add_comparison_options,
+    by_workload,
+    chosen,
+    difference_of,
+    known,
+    mean_and_spread,
+    method_lines,
+    result_of,
+    rows_of,
+)
+from benchmarks.evidence.workloads import INSTABILITY, NONE, PAPER, Comparison
+from benchmarks.paper.cells import FLOOR
+from benchmarks.paper.runner import prepare, rerun, run_cells
+from benchmarks.report.pages import Result, bullets, document, write_result
+from benchmarks.report.plots import BEFORE, COLORS, STYLE, plottable
+from benchmarks.report.summary import markdown
+from benchmarks.training.problems import PROBLEMS
+
+DRAWN = ("none", "fixed 1", "paper", "alpha_down=0.8")
+DRAWN_WORKLOAD = "modular addition, beta2 0.95"
+NOTES = (
+    "each figure: mean ± standard deviation over the seeds; mean loss of the last fifth: the geometric mean over the "
+    f"seeds, each at least {FLOOR:g}, below which float32 rounds; worst loss: the median over the seeds",
+    "log loss, paired: the logarithm of the mean loss of the last fifth minus that of the other method with the same "
+    "seed, mean ± standard error; below zero is better",
+    "none: the bare optimizer; fixed N: clip_grad_norm_ at N; zclip 1.0.0: the published package without its cap; "
+    "paper: ZClipOptimizer as in the paper; the rest: the paper with these options, but for patience=25, winsorised, "
+    "which was the first default of this project and is no longer in it",
+    *(
+        f"{problem.label}: a spike is {problem.spike}; level: {problem.level:g}, after {problem.settled:.0%} of the run"
+        for problem in PROBLEMS.values()
+        if problem.by_training
+    ),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the comparison."""
+    add_comparison_options(parser, INSTABILITY)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs what has not ended yet, and writes and prints the tables."""
+    comparison = chosen(args, INSTABILITY)
+    folder = prepare(args)
+    if args.cell is not None:
+        rerun("instability", comparison.cells(), args)
+        return
+    run_cells("instability", comparison.cells(), args)
+    result = result_of("instability", comparison, args, rows_of(comparison, folder))
+    write_result(args.out / "instability.json", result | {"notes": NOTES}, page)
+    draw(comparison, folder, args.out / "instability.png")
+    print(*overview(result["rows"]), sep="\n\n")
+    print(f"\nwritten to {args.out}: instability.json, instability.md, instability.png")
+
+
+def page(result: Result) -> str:
+    """The tables, the figure, and what their words mean."""
+    rows = result["rows"]
+    return document(
+        "instability: spikes that come by themselves",
+        result,
+        "![Loss and gradient norm of one seed under four methods](instability.png)",
+        *overview(rows),
+        *(section for name, methods in by_workload(rows).items() for section in (f"## {name}", detail(methods))),
+        bullets(result["notes"]),
+        f"{sum(len(row['cells']) for row in rows)} runs, {result['cell_seconds']:,.0f} s of one thread. One of them "
+        f"again: `{result['cell_command']}`, with a NAME from the JSON.",
+    )
+
+
+def overview(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The two figures that matter most, of every method on every workload."""
+    return (
+        "Spikes per run:",
+        markdown(method_lines(rows, lambda row: mean_and_spread(row["values"]["spikes"], "{:.1f}"))),
+        "Mean loss of the last fifth of the run:",
+        markdown(method_lines(rows, lambda row: f"{geometric_mean(row['values']['last_loss']):.1e}")),
+    )
+
+
+def detail(methods: Mapping[str, Row]) -> str:
+    """Everything about one workload."""
+    return markdown([detail_line(row, methods) for row in methods.values()])
+
+
+def detail_line(row: Row, methods: Mapping[str, Row]) -> dict[str, str]:
+    """One method's figures, and its paired differences from no clipping and from the paper."""
+    values = row["values"]
+    line = {
+        "method": row["method"],
+        "spikes": mean_and_spread(values["spikes"], "{:.1f}"),
+        "mean loss, last fifth": f"{geometric_mean(values['last_loss']):.1e}",
+        "worst loss, last fifth": f"{median(values['worst_last_loss']):.1e}",
+        "steps over the level": mean_and_spread(values["steps_above"], "{:.1f}"),
+        "clipped": mean_and_spread([100 * v for v in known(values["clipped_share"])], "{:.1f}") + "%",
+        "skipped": f"{statistics.fmean(values['skipped_steps']):.1f}",
+    }
+    against = {f"log loss - {name}": methods.get(name) for name in (NONE.label, PAPER.label)}
+    return line | {title: str(difference_of(row, other)) for title, other in against.items() if other is not None}
+
+
+def geometric_mean(values: Sequence[float | None]) -> float:
+    """Of the known values; NaN if there are none."""
+    return statistics.geometric_mean(known(values) or [math.nan])
+
+
+def median(values: Sequence[float | None]) -> float:
+    """An unknown one, which was not finite, is the largest."""
+    return statistics.median([math.inf if value is None else value for value in values])
+
+
+def draw(comparison: Comparison, folder: Path, path: Path) -> None:
+    """Loss and norm of seed 0 under the methods DRAWN, or what there is of them."""
+    labels = [workload.label for workload in comparison.workloads]
+    workload = comparison.workloads[labels.index(DRAWN_WORKLOAD) if DRAWN_WORKLOAD in labels else 0]
+    found = [c for c in comparison.contenders if c.label in DRAWN] or list(comparison.contenders[: len(DRAWN)])
+    runs = {c.label: dict(np.load(folder / f"{workload.cell(c, 0).name}.npz")) for c in found}
+    problem = PROBLEMS[workload.architecture]
+    with mpl.rc_context(STYLE):
+        figure = figure_of(runs, {label: len(problem.spike.steps(run["losses"])) for label, run in runs.items()})
+        figure.suptitle(
+            f"{workload.label}, seed 0: the same weights and batches under {len(runs)} methods", fontsize=11
+        )
+        figure.savefig(path, dpi=100)
+
+
+def figure_of(runs: Mapping[str, Mapping[str, Any]], spikes: Mapping[str, int]) -> Figure:
+    """A column for each run: the loss above, the norm before and after clipping below."""
+    figure = Figure(figsize=(3.1 * len(runs), 5.4), layout="constrained")
+    axes = figure.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False)
+    for (label, run), (top, bottom), color in zip(runs.items(), axes.T, COLORS, strict=False):
+        top.semilogy(plottable(run["losses"].tolist()), color=color, linewidth=0.7)
+        top.set_title(f"{label}: {spikes[label]} spikes", fontweight="bold", color=color)
+        norm_panel(bottom, run, color)
+    axes[0, 0].set_ylabel("training loss")
+    axes[1, 0].set_ylabel("gradient norm (L2)")
+    return figure
+
+
+def norm_panel(axes: Axes, run: Mapping[str, Any], color: str) -> None:
+    """Pale: the norm that came; bold: what was let through."""
+    axes.semilogy(plottable(run["grad_norms"].tolist()), color=BEFORE, linewidth=0.8, label="before clipping")
+    axes.semilogy(plottable(run["clipped_norms"].tolist()), color=color, linewidth=0.7, label="after clipping")
+    axes.set_xlabel("step")
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
