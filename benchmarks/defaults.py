@@ -112,7 +112,7 @@ def read_rows(folder: Path) -> tuple[list[Row], list[str]]:
     for path in files:
         result = json.loads(path.read_text())
         for row in result["rows"]:
-            if row["settings"]:
+            if row.get("settings"):  # of ZClipOptimizer; files from before this rule have none
                 found.setdefault(row["cells"][0], row)
     return list(found.values()), [path.name for path in files]
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from scipy.stats import rankdata
 
+from benchmarks import UserError
 from benchmarks.evidence.paired import Difference
 from benchmarks.evidence.results import (
     Row,
@@ -62,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs what has not ended yet, and writes and prints the tables."""
     comparison = chosen(args, REGRET)
+    if not any(contender.label in FIXED for contender in comparison.contenders):
+        raise UserError(f"--methods: regret is against the best of {', '.join(FIXED)}; give one of them at least")
     folder = prepare(args)
     if args.cell is not None:
         rerun("regret", comparison.cells(), args)

@@ -67,7 +67,7 @@ def row(workload, measures, scale_free=True, **settings):
 
 
 def decide(monkeypatch, folder, rows, name="regret"):
-    others = [row("a", [0.0]) | {"settings": {}, "cells": ["of another method"]}]
+    others = [row("a", [0.0]) | {"settings": {}, "cells": ["of another method"]}, {"row": "of an older file"}]
     (folder / f"{name}.json").write_text(json.dumps({"rows": [*others, *rows]}))
     monkeypatch.setattr(sys, "argv", ["benchmarks", "defaults", "--results", str(folder), "--out", str(folder)])
     main()

@@ -162,7 +162,16 @@ def test_a_method_that_was_not_run_on_a_workload_has_a_dash():
     assert lines[1] == {"method": "y", "a": "-", "b": "[3.0]"}
 
 
-def test_unknown_methods_are_one_line(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (("instability", "--methods", "magic"), "--methods 'magic': not one of"),
+        (("regret", "--methods", "paper"), "regret is against the best of fixed 0.01, fixed 0.1"),
+        (("regret", "--workloads", "chess"), "chess"),
+    ],
+)
+def test_wrong_input_is_one_line(args, complaint, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
-        benchmark(monkeypatch, "instability", "--methods", "magic", "--out", tmp_path)
-    assert "--methods 'magic': not one of" in capsys.readouterr().err
+        benchmark(monkeypatch, *args, "--out", tmp_path)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert complaint in line
