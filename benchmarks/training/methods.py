@@ -244,7 +244,7 @@ METHODS = {
         Method("mean", "zclip_optim, mean", ZClipped, {"clip_option": "mean"}),
         Method("max", "zclip_optim, max", ZClipped, {"clip_option": "max"}),
         Method("former", "patience=25, winsorised", Former),
-        Method("paper", "patience=None", ZClipped, {"patience": None}),
+        Method("paper", "paper", ZClipped, {"patience": None, "alpha_down": None, "z_skip": None, "z_thresh": 2.5}),
         Method("capped", "max_grad_norm=1.0", ZClipped, {"max_grad_norm": 1.0}),
     )
 }

@@ -14,7 +14,7 @@ from benchmarks.evidence.workloads import INSTABILITY, REGRET
 from benchmarks.paper.cells import run_cell
 from benchmarks.report.summary import finite
 from benchmarks.training.methods import METHODS
-from zclip_optim.zclip import ZClipConfig
+from zclip_optim.algorithm import ZClipConfig
 
 SHORT = ("--workloads", "regression", "digits-sgd", "--seeds", 2, "--steps", 60, "--workers", 1)
 

@@ -15,7 +15,7 @@ from benchmarks.training.methods import METHODS, total_norm
 from benchmarks.training.problems import PROBLEMS, P, SumNet, Sums, SumTransformer, digit_net
 from benchmarks.training.run import DIVERGED_AFTER
 from benchmarks.training.spikes import WINDOW, SpikeRule
-from zclip_optim.zclip import NormStats, ZClipConfig, decide
+from zclip_optim.algorithm import NormStats, ZClipConfig, decide
 
 SIZES = {"regression": (0.01, 50), "digits-sgd": (0.1, 32), "digits-sgd-sum": (0.1 / 32, 32)}
 LEVEL = [1.0] * WINDOW

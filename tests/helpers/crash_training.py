@@ -11,7 +11,7 @@ from zclip_optim import ZClipOptimizer
 
 STEPS, OUTLIERS = 300, (60, 150, 151, 240)
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf8")
-RECIPE = re.search(r"```python\n(def save_checkpoint.*?)```", README, flags=re.DOTALL).group(1)
+(RECIPE,) = re.findall(r"```python\n(torch\.save\(.*?)```", README, flags=re.DOTALL)
 
 
 def make():
@@ -41,12 +41,11 @@ def run(parts, done, after_step=lambda step: None):
 def training_process(path, progress):
     """Resume from `path` if it is there, and go on; every checkpoint is told to `progress`."""
     torch.set_num_threads(1)
-    namespace = {}
-    exec(RECIPE, namespace)
     parts = make()
 
     def checkpoint(step):
-        namespace["save_checkpoint"]({"step": step, "parts": [part.state_dict() for part in parts]}, path)
+        state = {"step": step, "parts": [part.state_dict() for part in parts]}
+        exec(RECIPE, {"torch": torch, "os": os, "checkpoint": state, "path": path})
         progress.send(step)
 
     run(parts, load(parts, path) if os.path.exists(path) else 0, checkpoint)

@@ -21,7 +21,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 STEPS = 60
 ELSEWHERE = {
-    "def save_checkpoint": "test_crash.py",
+    "torch.save": "test_crash.py",
     "wandb": "needs an account or a server; both take a dict of floats, which test_metrics.py asserts",
 }
 
