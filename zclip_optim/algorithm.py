@@ -40,9 +40,9 @@ def _option(default: Any, expected: str, parse: Callable[[Any], Any]) -> Any:
     return dataclasses.field(default=default, metadata={"expected": expected, "parse": parse})
 
 
-def _real(default: float | None, expected: str, in_range: Callable[[float], bool]) -> Any:
+def _real(default: float | None, expected: str, in_range: Callable[[float], bool], optional: bool = False) -> Any:
     def parse(value: Any) -> float | None:
-        if value is None and default is None:
+        if value is None and optional:
             return None
         if not isinstance(value, Real) or isinstance(value, bool) or not _is_finite(value):
             raise ValueError
@@ -50,7 +50,7 @@ def _real(default: float | None, expected: str, in_range: Callable[[float], bool
             raise ValueError
         return float(value)
 
-    return _option(default, expected + (" or None" if default is None else ""), parse)
+    return _option(default, expected + (" or None" if optional else ""), parse)
 
 
 def _count(default: int | None, optional: bool = False) -> Any:
@@ -108,14 +108,14 @@ class ZClipConfig:
     z_thresh: float = _real(2.5, "a finite number > 0", lambda x: x > 0)
     mode: str = _choice("zscore", "percentile")
     clip_option: str = _choice("adaptive_scaling", "reciprocal", "mean", "max")
-    percentile: float | None = _real(None, "a number with 0.5 < percentile < 1", lambda x: 0.5 < x < 1)
+    percentile: float | None = _real(None, "a number with 0.5 < percentile < 1", lambda x: 0.5 < x < 1, optional=True)
     clip_factor: float = _real(1.0, "a finite number > 0", lambda x: x > 0)
-    max_grad_norm: float | None = _real(None, "a finite number > 0", lambda x: x > 0)
+    max_grad_norm: float | None = _real(None, "a finite number > 0", lambda x: x > 0, optional=True)
     warmup_steps: int = _count(25)
     eps: float = _real(1e-6, "a finite number >= 0", lambda x: x >= 0)
-    alpha_down: float | None = _real(None, "a number with 0 <= alpha_down <= alpha", lambda x: x >= 0)
+    alpha_down: float | None = _real(None, "a number with 0 <= alpha_down <= alpha", lambda x: x >= 0, optional=True)
     skip_update_on_spike: bool = _flag()
-    z_skip: float | None = _real(None, "a finite number > z_thresh", lambda x: x > 0)
+    z_skip: float | None = _real(None, "a finite number > z_thresh", lambda x: x > 0, optional=True)
     patience: int | None = _count(None, optional=True)
     nonfinite: str = _choice("skip", "raise", "pass")
     max_consecutive_nonfinite: int | None = _count(25, optional=True)

@@ -136,23 +136,19 @@ class ZClip:
 
     def _may_skip_unseen(self, state: DeviceState) -> bool:
         """Not if this step may have to raise; how near `max_consecutive_nonfinite` is, reading the metrics tells."""
-        policy, near = self.config.nonfinite, state.last_read[0].nonfinite_streak + 1 >= self._limit
-        return policy == "pass" or (policy == "skip" and not near)
+        policy, limit = self.config.nonfinite, self.config.max_consecutive_nonfinite or math.inf
+        return policy == "pass" or (policy == "skip" and state.last_read[0].nonfinite_streak + 1 < limit)
 
     def _raise_if_told_to(self, norms: Iterable[Scalar], gradients: Gradients, ask_others: bool) -> None:
-        record = self._wait_for_records()[0]
+        record, limit = self._wait_for_records()[0], self.config.max_consecutive_nonfinite or math.inf
         streak = record.nonfinite_streak
-        if record.failed and (self.config.nonfinite == "raise" or streak >= self._limit):
+        if record.failed and (self.config.nonfinite == "raise" or streak >= limit):
             where = gradients.describe_nonfinite(ask_others=ask_others)
             raise NonFiniteGradientError(
                 f"the gradient norm is {math.hypot(*map(float, norms))}, after {record.decision.stats.step} finite "
                 f"steps, for {streak} in a row; gradients with NaN or infinite elements: "
                 f"{where or 'none in this process'}"
             )
-
-    @property
-    def _limit(self) -> float:
-        return self.config.max_consecutive_nonfinite or math.inf
 
     def _state_for(self, device: torch.device | None, n_scopes: int) -> HostState | DeviceState:
         """The state, where a step on this device goes on; moved there if it is elsewhere."""
@@ -242,12 +238,10 @@ def _as_param_groups(model_or_parameters: Any) -> ParamGroups:
     items = _as_list(model_or_parameters)
     groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
     groups = [{**group, "params": _as_list(group["params"])} for group in groups]
-    for item in (p for group in groups for p in group["params"]):
-        if not isinstance(item, Tensor):
-            kind = type(item).__name__
-            raise TypeError(
-                f"model_or_parameters must be a module, parameters or param groups, got a {kind} among them"
-            )
+    wrong = {type(p).__name__ for group in groups for p in group["params"] if not isinstance(p, Tensor)}
+    if wrong:
+        kinds = ", ".join(sorted(wrong))
+        raise TypeError(f"model_or_parameters must be a module, parameters or param groups, got {kinds} among them")
     return groups
 
 
