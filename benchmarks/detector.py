@@ -28,7 +28,7 @@ from zclip_optim.algorithm import NormStats, ZClipConfig, decide
 
 NOISE = 0.05  # standard deviation of the norm, in units of its mean
 BEFORE = 200  # steps before the level shifts
-GRACE = 150  # steps after the shift that are not counted
+PATIENCE = 200  # spikes in a row, of the detectors that have any
 SHIFTS = (6, 10, 100, 1000)  # standard deviations
 LOGNORMAL = (0.3, 0.6)  # sigma of the logarithm
 AUTOREGRESSIVE = (0.9, 0.99)  # phi
@@ -39,7 +39,7 @@ Z_THRESH = 2.5  # and this one
 NOTES = (
     f"shift: {BEFORE} norms around 1 with Gaussian noise of {NOISE:.0%}, then the level rises by so many standard "
     "deviations for good",
-    "zclip_optim has its defaults; patience=None is zclip_optim with it, the paper; zclip 1.0.0 is the published "
+    "paper: zclip_optim with alpha_down=None, patience=None; the rest: with these options; zclip 1.0.0: the published "
     "package with max_grad_norm=None, shown a module with one parameter whose gradient is the norm",
     "AR(1): its tail is that of its stationary distribution",
 )
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
         "steps": args.steps,
         "noise": NOISE,
         "steps_before_shift": BEFORE,
-        "steps_not_counted_after_shift": GRACE,
+        "steps_not_counted_after_shift": {norms.name: norms.ignored - BEFORE for norms in SHIFTED},
         "stuck_above": STUCK,
         "rows": [asdict(row) for row in rows],
     }
@@ -139,10 +139,13 @@ def published(norms: Sequence[float]) -> list[bool]:
     return spikes
 
 
+PAPER = {"patience": None, "alpha_down": None, "z_thresh": Z_THRESH}
 DETECTORS: dict[str, Detector] = {
-    "zclip_optim": zclip_optim,
-    "patience=None": partial(zclip_optim, patience=None),
     "zclip 1.0.0": published,
+    "paper": partial(zclip_optim, **PAPER),
+    "patience=200": partial(zclip_optim, **PAPER | {"patience": PATIENCE}),
+    "alpha_down=0.8": partial(zclip_optim, **PAPER | {"alpha_down": 0.8}),
+    "alpha_down=0.8, patience=200": partial(zclip_optim, **PAPER | {"alpha_down": 0.8, "patience": PATIENCE}),
 }
 
 
@@ -152,10 +155,15 @@ def noise(generator: torch.Generator, steps: int) -> Tensor:
 
 
 def shifted(generator: torch.Generator, steps: int, deviations: float) -> Tensor:
-    """BEFORE norms around 1, then GRACE + `steps` ones around a level so many standard deviations higher."""
-    level = torch.ones(BEFORE + GRACE + steps, dtype=torch.float64)
+    """BEFORE norms around 1, then `grace` and `steps` ones around a level so many standard deviations higher."""
+    level = torch.ones(BEFORE + grace(deviations) + steps, dtype=torch.float64)
     level[BEFORE:] += deviations * NOISE
     return level * (1 + NOISE * noise(generator, len(level)))
+
+
+def grace(deviations: float) -> int:
+    """Steps after a shift that are not counted: after PATIENCE the statistics double in 1,000; and 100 to settle."""
+    return PATIENCE + round(1000 * math.log2(1 + deviations * NOISE)) + 100
 
 
 def normal(generator: torch.Generator, steps: int) -> Tensor:
@@ -193,7 +201,7 @@ def lognormal_tail(sigma: float) -> float:
 
 
 SHIFTED = tuple(
-    Norms(f"shift_{k}", f"{k} sigma", partial(shifted, deviations=k), ignored=BEFORE + GRACE) for k in SHIFTS
+    Norms(f"shift_{k}", f"{k} sigma", partial(shifted, deviations=k), ignored=BEFORE + grace(k)) for k in SHIFTS
 )
 STATIONARY = (
     Norms("normal", f"normal, mean 1, std {NOISE}", normal, WARMUP, normal_tail()),
@@ -222,8 +230,8 @@ def tables(rows: Sequence[Row], steps: int) -> tuple[str, ...]:
     others = [row for row in rows if row.tail_probability is not None]
     tails = {row.sequence: {"tail": f"{row.tail_probability:.2%}"} for row in others}
     return (
-        f"Share of {steps:,} steps clipped, from {GRACE} steps after a lasting shift of the level on, mean (worst "
-        f"seed); in brackets the seeds with more than {STUCK:.0%}:",
+        f"Share of {steps:,} steps clipped after a lasting shift of the level, from {PATIENCE + 100} steps and 1,000 "
+        f"for each doubling on, mean (worst seed); in brackets the seeds with more than {STUCK:.0%}:",
         markdown(list(lines(shifts, "shift up", regime_entry).values())),
         f"Share of {steps:,} steps clipped after warm-up, of norms from one distribution, mean (worst seed):",
         markdown([line | tails[name] for name, line in lines(others, "norms", rate_entry).items()]),

@@ -12,7 +12,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 import torch
@@ -31,7 +31,23 @@ from zclip_optim import ZClipWarning
 
 BATCH = 4  # windows per step, a quarter of the comparison's
 THREADS = 1  # a model of this size gains little from a second one, and loses much when it has to share the cores
-PEERS = tuple(METHODS[name] for name in ("none", "fixed", "published", "autoclip", "zclip_optim", "paper"))
+BESIDE_THE_PAPER: tuple[dict[str, float], ...] = (
+    {"alpha_down": 0.8},
+    {"alpha_down": 0.8, "z_skip": 10},
+    {"patience": 200},
+)
+
+
+def with_label(method: Method, options: Mapping[str, float]) -> Method:
+    """The method with options, which are its name in the tables."""
+    label = ", ".join(f"{name}={value:g}" for name, value in options.items())
+    return replace(method.with_options(options), label=label)
+
+
+PEERS = (
+    *(METHODS[name] for name in ("none", "fixed", "published", "autoclip", "paper")),
+    *(with_label(METHODS["paper"], options) for options in BESIDE_THE_PAPER),
+)
 MIN_STEPS = 2
 FAULT_SHARE = 0.4  # of the steps, before the fault
 LEVEL_STEPS = 50  # before the fault, whose norms give its level
@@ -44,7 +60,7 @@ NO_FAULT = "no fault"
 NOTES = (
     "methods: zclip 1.0.0 is the published package with its defaults but max_grad_norm=None, so that its own rule is "
     "seen and not its cap of 1.0; autoclip is QuantileClip(global_threshold=True) with its defaults, the 90th "
-    "percentile of the last 1,000 norms; zclip_optim has its defaults; patience=None is zclip_optim with it, the paper",
+    "percentile of the last 1,000 norms; paper is ZClipOptimizer as in the paper, the rest the paper with these options",
     "survived: all parameters and the last loss are finite",
     f"steps to recover: from the fault's first step to the last one at which the mean of {SMOOTH} batch losses is more "
     f"than {BAND} nats per byte above that of the same method's run without a fault, on the same batches; 0 if it "
@@ -97,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     cells: list[Cell] = []
     levels: dict[str, Level] = {}
     for method in PEERS:
-        levels[method.name], column = train_method(method, config, batches)
+        levels[method.label], column = train_method(method, config, batches)
         cells += column
     seconds = round(time.perf_counter() - start, 1)
     result = summary(config, batches, levels, cells) | {"seconds": seconds}
@@ -177,7 +193,7 @@ def compare(method: Method, fault: str, branch: Branch, reference: Branch, confi
     last = last_steps(config)
     final_loss, final_reference = (mean_loss(records[-last:]) for records in (branch.records, reference.records))
     return Cell(
-        method=method.name,
+        method=method.label,
         fault=fault,
         survived=branch.finite and math.isfinite(branch.records[-1].loss),
         steps_to_recover=steps_to_recover(branch.records, reference.records),
@@ -206,7 +222,7 @@ def steps_to_recover(records: Sequence[StepRecord], reference: Sequence[StepReco
 def page(result: Result) -> str:
     """The three tables and what their words mean."""
     cells = [restored(Cell, row) for row in result["rows"]]
-    sigmas = (f"{METHODS[name].label} {level['std'] / level['mean']:.2f}" for name, level in result["levels"].items())
+    sigmas = (f"{label} {level['std'] / level['mean']:.2f}" for label, level in result["levels"].items())
     return document(
         "faults: what one fault in the gradients does to a run",
         result,
@@ -233,7 +249,7 @@ def table(cells: Sequence[Cell], entry: Callable[[Cell], str]) -> str:
     labels = {NO_FAULT: NO_FAULT} | {fault.name: fault.label for fault in FAULTS}
     rows: dict[str, dict[str, str]] = {}
     for cell in cells:
-        rows.setdefault(cell.fault, {"fault": labels[cell.fault]})[METHODS[cell.method].label] = entry(cell)
+        rows.setdefault(cell.fault, {"fault": labels[cell.fault]})[cell.method] = entry(cell)
     return markdown(list(rows.values()))
 
 

@@ -89,8 +89,8 @@ def test_faults_in_short(tmp_path):
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "faults.json").read_text())
     survived = {(row["method"], row["fault"]): row["survived"] for row in summary["rows"]}
-    assert survived["zclip_optim", "nan"]
-    assert not survived["none", "nan"]
+    assert survived["paper", "nan"]
+    assert not survived["no clipping", "nan"]
     assert (tmp_path / "faults.md").read_text().startswith("# faults")
 
 
