@@ -60,7 +60,7 @@ NO_FAULT = "no fault"
 NOTES = (
     "methods: zclip 1.0.0 is the published package with its defaults but max_grad_norm=None, so that its own rule is "
     "seen and not its cap of 1.0; autoclip is QuantileClip(global_threshold=True) with its defaults, the 90th "
-    "percentile of the last 1,000 norms; paper is ZClipOptimizer as in the paper, the rest the paper with these options",
+    "percentile of the last 1,000 norms; paper is ZClipOptimizer as in the paper, the rest that with these options",
     "survived: all parameters and the last loss are finite",
     f"steps to recover: from the fault's first step to the last one at which the mean of {SMOOTH} batch losses is more "
     f"than {BAND} nats per byte above that of the same method's run without a fault, on the same batches; 0 if it "
