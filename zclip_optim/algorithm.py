@@ -204,18 +204,19 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
     g = where(usable, norm, 1.0)  # some number to go on with, where the norm is left alone
     # z_t = (g_t - mu) / (sigma + eps mu)
     scale = std + config.eps * mean
-    z = (g - mean) / where(scale > 0, scale, TINY)
+    z = (g - mean) / (scale + (scale == 0) * TINY)
     is_spike = warm & (z > config.z_thresh)
     # g*_t is the threshold on a spike, unless `clip_factor` > 1 lifts that over g_t, and g_t otherwise
     threshold = _spike_threshold(where(is_spike, z, config.z_thresh), mean, std, config)
     g_star = where(is_spike & (threshold < g), threshold, g)
-    capped = _capped(g_star, config.max_grad_norm, where)
+    cap = config.max_grad_norm
+    capped = g_star if cap is None else where(g_star < cap, g_star, cap)
     ordinary = where(warm, mean + config.z_thresh * scale, math.inf)
     after = _updated(g_star, is_spike, stats, config, where)
     limit, z_score = where(is_spike, threshold, ordinary), where(warm, z, math.nan)
     too_far = is_spike & (z > config.z_skip) & (stats.streak < SKIPS_IN_A_ROW) if config.z_skip is not None else False
     clipped = Decision(capped / g, capped, limit, z_score, is_spike, too_far, after)
-    broken = is_not_finite(norm) & (config.nonfinite != "pass")
+    broken = (norm - norm != 0) & (config.nonfinite != "pass")  # NaN, unless the norm is finite
     left_alone = Decision(1.0, norm, ordinary, math.nan, False, broken, stats)
     decision: Decision = where(usable, clipped, left_alone)
     return decision
@@ -230,10 +231,6 @@ def _spike_threshold(z: Scalar, mean: Scalar, std: Scalar, config: ZClipConfig) 
     return mean + config.clip_factor * xi * std
 
 
-def _capped(g_star: Scalar, cap: float | None, where: Where) -> Scalar:
-    return g_star if cap is None else where(g_star < cap, g_star, cap)
-
-
 def _updated(g_star: Scalar, is_spike: Scalar, stats: NormStats, config: ZClipConfig, where: Where) -> NormStats:
     mean, var, step, streak, clipped_steps = stats
     new_mean, new_var = _averaged(g_star, stats, config, where)
@@ -246,7 +243,7 @@ def _updated(g_star: Scalar, is_spike: Scalar, stats: NormStats, config: ZClipCo
         # from the spike after `patience` in a row on:   mu <- 2^(1/1000) mu,   sigma <- 2^(1/1000) sigma
         rising = is_spike & (streak >= config.patience)
         new_mean, new_var = where(rising, RISE * mean, new_mean), where(rising, RISE**2 * var, new_var)
-    return NormStats(new_mean, new_var, step + 1, where(is_spike, streak + 1, 0), clipped_steps + is_spike)
+    return NormStats(new_mean, new_var, step + 1, (streak + 1) * is_spike, clipped_steps + is_spike)
 
 
 def _averaged(g_star: Scalar, stats: NormStats, config: ZClipConfig, where: Where) -> tuple[Scalar, Scalar]:
@@ -263,11 +260,6 @@ def _averaged(g_star: Scalar, stats: NormStats, config: ZClipConfig, where: Wher
     deviation = g_star - new_mean
     first_var = var + ((g_star - mean) * deviation - var) / count
     return new_mean, where(warm, alpha * var + beta * deviation * deviation, first_var)
-
-
-def is_not_finite(norm: Scalar) -> Scalar:
-    """Whether a norm, which is never negative, is NaN or infinite."""
-    return (norm != norm) | (norm == math.inf)
 
 
 def where_for(value: Scalar) -> Where:

@@ -112,8 +112,9 @@ class ZClip:
         if isinstance(state, DeviceState):
             may_step = self._apply_on_device(verdict, gradients, kernels, state)
         else:
-            gradients.scale_(verdict.coefs)
-            self.health.check(state.read())
+            if verdict.coefs != state.unscaled:
+                gradients.scale_(verdict.coefs)
+            self.health.check(state.records)
             may_step = not verdict.skip
         if not may_step:
             # Whether a rank gets here with kernels of its own depends on what it has read before: no collective then.

@@ -39,22 +39,33 @@ class Health:
         """What comes next is to be compared with these records, as those of another checkpoint or of more scopes."""
         self._seen = records
         self._window_starts = [record.decision.stats for record in records]
+        self._next_check = [self._next_step_to_check(i, stats) for i, stats in enumerate(self._window_starts)]
 
     def check(self, records: Sequence[StepRecord]) -> None:
         """Warn if what has happened since the records that were checked before gives reason to."""
         if records is self._seen:
             return
-        for scope, (before, after) in enumerate(zip(self._seen, records, strict=True)):
-            old, new = before.decision.stats, after.decision.stats
-            if old.step < self._warmup <= new.step:
-                self._check_warm_up(scope, new)
-            if old.streak <= self._patience < new.streak:
-                self._warn_of_regime(scope, new)
-            if new.step - self._window_starts[scope].step >= WINDOW:
-                self._check_clip_rate(scope, new)
+        for scope, record in enumerate(records):
+            new = record.decision.stats
+            if new.step >= self._next_check[scope] or new.streak > self._patience:
+                self._check_scope(scope, self._seen[scope].decision.stats, new)
         if records[0].failed:
             self._check_nonfinite(records[0].nonfinite_streak)
         self._seen = records
+
+    def _check_scope(self, scope: int, old: NormStats, new: NormStats) -> None:
+        if old.step < self._warmup <= new.step:
+            self._check_warm_up(scope, new)
+        if old.streak <= self._patience < new.streak:
+            self._warn_of_regime(scope, new)
+        if new.step - self._window_starts[scope].step >= WINDOW:
+            self._check_clip_rate(scope, new)
+        self._next_check[scope] = self._next_step_to_check(scope, new)
+
+    def _next_step_to_check(self, scope: int, now: NormStats) -> int:
+        """The step that ends the warm-up or the window, whichever is first."""
+        end_of_window: int = self._window_starts[scope].step + WINDOW
+        return min(self._warmup, end_of_window) if now.step < self._warmup else end_of_window
 
     def _check_warm_up(self, scope: int, new: NormStats) -> None:
         if self._warmup > 1 and new.var**0.5 <= NO_SPREAD * new.mean:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zclip_optim.algorithm import Decision, Scalar, ZClipConfig, decide, is_not_finite, where_for
+from zclip_optim.algorithm import Decision, Scalar, ZClipConfig, decide, where_for
 from zclip_optim.health import ZClipWarning
 from zclip_optim.norm import wide_dtype
 from zclip_optim.state import Counters, StepRecord
@@ -55,7 +55,7 @@ def advance(
     Returns:
         The records of this step, the coefficients, both like `records`, and whether the optimizer must not step.
     """
-    where, failed = where_for(total), is_not_finite(total)
+    where, failed = where_for(total), total - total != 0  # NaN, unless the total is finite
     refused = failed & (config.nonfinite != "pass")
     coefs, decisions = [], []
     for record, norm in zip(records, norms, strict=True):
@@ -95,6 +95,7 @@ class HostState:
 
     def __init__(self, records: Sequence[StepRecord]) -> None:
         self.records, self.n_scopes = list(records), len(records)
+        self.unscaled = [1.0] * len(records)  # the coefficients of a step that is not clipped
 
     def step(self, norms: Sequence[float], config: ZClipConfig, new_step: bool) -> Verdict:
         """Decide on the norms of all scopes; see `advance`."""
