@@ -11,7 +11,7 @@ from zclip_optim import ZClipOptimizer
 
 STEPS, OUTLIERS = 300, (60, 150, 151, 240)
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf8")
-(RECIPE,) = re.findall(r"```python\n(torch\.save\(.*?)```", README, flags=re.DOTALL)
+SAVE, REPLACE = re.search(r"`(torch\.save\(.*?\))`, then\s+`(os\.replace\(.*?\))`", README).groups()
 
 
 def make():
@@ -45,7 +45,7 @@ def training_process(path, progress):
 
     def checkpoint(step):
         state = {"step": step, "parts": [part.state_dict() for part in parts]}
-        exec(RECIPE, {"torch": torch, "os": os, "checkpoint": state, "path": path})
+        exec(f"{SAVE}; {REPLACE}", {"torch": torch, "os": os, "checkpoint": state, "path": path})
         progress.send(step)
 
     run(parts, load(parts, path) if os.path.exists(path) else 0, checkpoint)
