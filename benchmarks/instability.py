@@ -33,12 +33,13 @@ from benchmarks.evidence.results import (
     result_of,
     rows_of,
 )
-from benchmarks.evidence.workloads import INSTABILITY, NONE, PAPER, Comparison
+from benchmarks.evidence.workloads import INSTABILITY, Comparison
 from benchmarks.paper.cells import FLOOR
 from benchmarks.paper.runner import prepare, rerun, run_cells
 from benchmarks.report.pages import Result, bullets, document, write_result
 from benchmarks.report.plots import BEFORE, COLORS, STYLE, plottable
 from benchmarks.report.summary import markdown
+from benchmarks.training.contenders import NONE, PAPER
 from benchmarks.training.problems import PROBLEMS
 
 DRAWN = ("none", "fixed 1", "paper", "alpha_down=0.8")

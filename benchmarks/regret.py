@@ -35,11 +35,12 @@ from benchmarks.evidence.results import (
     result_of,
     rows_of,
 )
-from benchmarks.evidence.workloads import NONE, REGRET
+from benchmarks.evidence.workloads import REGRET
 from benchmarks.paper.cells import NATS, Cell, load_outcome, write_outcome
 from benchmarks.paper.runner import prepare, rerun, run_cells
 from benchmarks.report.pages import Result, bullets, document, write_result
 from benchmarks.report.summary import markdown
+from benchmarks.training.contenders import NONE
 
 FIXED = [contender.label for contender in REGRET.contenders if contender.method == "fixed"]
 CLOSE = 0.02  # nats

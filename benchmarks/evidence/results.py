@@ -12,10 +12,11 @@ from typing import Any
 
 from benchmarks import UserError
 from benchmarks.evidence.paired import Difference, difference
-from benchmarks.evidence.workloads import Comparison, Contender, Workload
+from benchmarks.evidence.workloads import Comparison, Workload
 from benchmarks.options import positive_int
 from benchmarks.paper.runner import add_runner_options, load_finished
 from benchmarks.report.summary import heading
+from benchmarks.training.contenders import Contender
 from benchmarks.training.methods import METHODS
 
 PACKAGES = ("zclip", "autoclip", "pytorch_optimizer", "scikit-learn", "gymnasium", "numpy", "scipy")

@@ -7,10 +7,23 @@ from dataclasses import dataclass, replace
 
 from benchmarks.paper.cells import BAD_SHARD, CARTPOLE, CLEAN, Cell
 from benchmarks.paper.tables import CARTPOLE_LR, EPISODES
+from benchmarks.training.contenders import (
+    ADAGC,
+    AUTOCLIP,
+    FALLING,
+    FALLING_CAPPED,
+    FALLING_LOWER,
+    FALLING_SKIPPING_CAPPED,
+    NONE,
+    PAPER,
+    PATIENT,
+    PUBLISHED,
+    Contender,
+    fixed,
+    ours,
+)
 from benchmarks.training.presets import PRESETS
 from benchmarks.training.problems import PROBLEMS
-
-Options = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -36,19 +49,9 @@ class Workload:
         """Whether its optimizer is of Adam's kind."""
         return self.cell(NONE, 0).scale_free
 
-
-@dataclass(frozen=True)
-class Contender:
-    """A method with one setting for all workloads."""
-
-    label: str
-    method: str  # of METHODS
-    options: Options = ()
-    scale_free: bool = False  # only for optimizers of Adam's kind
-
-    def suits(self, workload: Workload) -> bool:
-        """Whether it is run on a workload."""
-        return workload.scale_free or not self.scale_free
+    def suits(self, contender: Contender) -> bool:
+        """Whether a method is run on it."""
+        return self.scale_free or not contender.scale_free
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Comparison:
 
     def pairs(self) -> list[tuple[Workload, Contender]]:
         """What is run."""
-        return [(w, c) for w in self.workloads for c in self.contenders if c.suits(w)]
+        return [(w, c) for w in self.workloads for c in self.contenders if w.suits(c)]
 
     def cells(self) -> list[Cell]:
         """Its runs."""
@@ -80,21 +83,6 @@ class Comparison:
         )
 
 
-def fixed(threshold: float) -> Contender:
-    """Clipping at a norm; at 1.0 it is the method that other tables have too."""
-    return Contender(f"fixed {threshold:g}", "fixed", () if threshold == 1 else (("max_norm", threshold),))
-
-
-def ours(scale_free: bool = False, **options: float) -> Contender:
-    """The paper's rule with these options; which of them are defaults changes nothing here."""
-    label = ", ".join(f"{name}={value:g}" for name, value in options.items())
-    return Contender(label, "paper", tuple(options.items()), scale_free)
-
-
-NONE, PAPER = Contender("none", "none"), Contender("paper", "paper")
-AUTOCLIP, PUBLISHED = Contender("autoclip", "autoclip"), Contender("zclip 1.0.0", "published")
-FALLING = {"alpha_down": 0.8}
-
 REGRESSION_SEEDS, SUM_SEEDS = 8, 4
 REGRESSIONS = tuple(
     Workload(f"regression, lr {lr:g}", "regression", lr, 5_000, 50, REGRESSION_SEEDS) for lr in (0.003, 0.01, 0.03)
@@ -113,14 +101,14 @@ INSTABILITY = Comparison(
         PUBLISHED,
         PAPER,
         Contender("patience=25, winsorised", "former"),
-        ours(patience=200),
-        ours(**FALLING),
+        PATIENT,
+        FALLING,
         ours(z_skip=6),
         ours(z_skip=10),
-        ours(**FALLING, z_skip=6),
-        ours(**FALLING, z_skip=10),
-        ours(**FALLING, z_thresh=2),
-        ours(**FALLING, z_skip=10, patience=200),
+        ours(alpha_down=0.8, z_skip=6),
+        ours(alpha_down=0.8, z_skip=10),
+        FALLING_LOWER,
+        ours(alpha_down=0.8, z_skip=10, patience=200),
     ),
 )
 
@@ -151,14 +139,14 @@ REGRET = Comparison(
         NONE,
         *map(fixed, (0.01, 0.1, 1, 10, 100)),
         AUTOCLIP,
-        Contender("AdaGC", "adagc", scale_free=True),
+        ADAGC,
         PUBLISHED,
         PAPER,
-        ours(**FALLING),
-        ours(scale_free=True, **FALLING, max_grad_norm=1),
-        ours(**FALLING, z_skip=6),
-        ours(**FALLING, z_skip=10),
-        ours(scale_free=True, **FALLING, z_skip=10, max_grad_norm=1),
-        ours(**FALLING, z_thresh=2),
+        FALLING,
+        FALLING_CAPPED,
+        ours(alpha_down=0.8, z_skip=6),
+        ours(alpha_down=0.8, z_skip=10),
+        FALLING_SKIPPING_CAPPED,
+        FALLING_LOWER,
     ),
 )

@@ -64,7 +64,7 @@ def test_the_two_share_cells_and_ask_what_the_issue_asks():
     assert all(workload.seeds >= 3 for workload in REGRET.workloads)
     assert {cell.name for cell in INSTABILITY.cells()} & {cell.name for cell in REGRET.cells()}
     cap = next(contender for contender in REGRET.contenders if "max_grad_norm=1" in contender.label)
-    assert [w.architecture for w in REGRET.workloads if not cap.suits(w)] == ["digits-sgd"] * 2 + ["digits-sgd-sum"] * 2
+    assert [w.architecture for w in REGRET.workloads if not w.suits(cap)] == ["digits-sgd"] * 2 + ["digits-sgd-sum"] * 2
 
 
 def test_instability_in_short(tmp_path, monkeypatch, capsys):
