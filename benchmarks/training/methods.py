@@ -232,6 +232,15 @@ def measured(grad_norm: float, clipped_norm: float) -> Clipping:
     return Clipping(grad_norm, clipped_norm, clipped=clipped_norm < (1 - ROUNDING) * grad_norm)
 
 
+PAPER = {
+    "alpha": 0.97,
+    "z_thresh": 2.5,
+    "alpha_down": None,
+    "z_skip": None,
+    "max_grad_norm": None,
+    "patience": None,
+}  # whatever the defaults are
+
 METHODS = {
     method.name: method
     for method in (
@@ -241,10 +250,10 @@ METHODS = {
         Method("autoclip", "autoclip", AutoClip),
         Method("adagc", "AdaGC", AdaGC),
         Method("zclip_optim", "zclip_optim", ZClipped),
-        Method("mean", "zclip_optim, mean", ZClipped, {"clip_option": "mean"}),
-        Method("max", "zclip_optim, max", ZClipped, {"clip_option": "max"}),
+        Method("mean", "paper, mean", ZClipped, PAPER | {"clip_option": "mean"}),
+        Method("max", "paper, max", ZClipped, PAPER | {"clip_option": "max"}),
         Method("former", "patience=25, winsorised", Former),
-        Method("paper", "paper", ZClipped, {"patience": None, "alpha_down": None, "z_skip": None, "z_thresh": 2.5}),
+        Method("paper", "paper", ZClipped, PAPER),
         Method("capped", "max_grad_norm=1.0", ZClipped, {"max_grad_norm": 1.0}),
     )
 }
