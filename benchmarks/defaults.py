@@ -32,7 +32,7 @@ from benchmarks import UserError
 from benchmarks.evidence.paired import Difference, combined
 from benchmarks.evidence.results import Row, difference_of
 from benchmarks.options import add_out_option, prepare_folder
-from benchmarks.paper.tables import TABLES
+from benchmarks.paper.tables import TABLES, result_name
 from benchmarks.report.pages import Result, document, write_result
 from benchmarks.report.summary import heading, markdown
 from benchmarks.training.methods import METHODS
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
 def read_rows(folder: Path) -> tuple[list[Row], list[str]]:
     """The rows of ZClipOptimizer in all files that there are, the first file's where a workload stands in several."""
-    sweeps = [name if preset == "nano" else f"{preset}-{name}" for preset in PRESETS for name in TABLES]
+    sweeps = [result_name(name, preset) for preset in PRESETS for name in TABLES]
     found: dict[str, Row] = {}
     files = [path for path in (folder / f"{name}.json" for name in ("instability", "regret", *sweeps)) if path.exists()]
     if not files:

@@ -5,22 +5,42 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
+from benchmarks.evidence.paired import difference
 from benchmarks.paper import published
-from benchmarks.paper.cells import BAD_SHARD, CARTPOLE, CLEAN, Cell
+from benchmarks.paper.cells import BAD_SHARD, CARTPOLE, CLEAN, LOG_EPISODES, NATS, Cell
 from benchmarks.report.summary import markdown
+from benchmarks.training.contenders import (
+    ADAGC,
+    AUTOCLIP,
+    CAPPED,
+    FALLING,
+    FALLING_CAPPED,
+    FALLING_LOWER,
+    FALLING_SKIPPING_CAPPED,
+    NONE,
+    PAPER,
+    PATIENT,
+    PUBLISHED,
+    Contender,
+    fixed,
+    ours,
+)
 from benchmarks.training.methods import METHODS
 from benchmarks.training.presets import PRESETS
-from zclip_optim import ZClip
 
+DEFAULT_PRESET = "pico"
 BATCH = {"nano": 8}  # examples per step, where not the preset's: more steps in the same time
 EPISODES, CARTPOLE_LR = 1_000, 1e-2
 RATES = (1 / 8, 1 / 2, 1, 4, 64, 512, 2048)  # in units of the preset's learning rate
 ABLATION_RATE = 1  # in the same units
 EXTREME_RATES = RATES[-3:]
+SEEDS, FEW_SEEDS = 6, 4  # fewer where a table is long or decides nothing
+
+NO_FIGURES: Mapping[str, tuple[str, ...]] = {}
 
 Outcome = Mapping[str, Any]  # of one cell
 
@@ -29,7 +49,7 @@ Outcome = Mapping[str, Any]  # of one cell
 class Size:
     """What the command line can change about all runs of a table; None for the table's own."""
 
-    preset: str = "nano"
+    preset: str = DEFAULT_PRESET
     steps: int | None = None
     batch: int | None = None
 
@@ -39,28 +59,28 @@ class Row:
     """A row: everything of a cell but seed and condition; `rate` in units of the preset's learning rate."""
 
     label: str  # "{lr:g}" in it stands for the peak learning rate
-    method: str
+    contender: Contender
     rate: float = ABLATION_RATE
-    options: tuple[tuple[str, float], ...] = ()
     architecture: str = "llama"
+    steps: int | None = None  # whatever the preset
     batch: int | None = None  # examples per step, whatever the preset
     paper: tuple[str, ...] = ()  # what the paper has for it, in the order of the table's `paper`
 
     def cell(self, size: Size, condition: str, seed: int) -> Cell:
         """One of its runs."""
-        if self.architecture == CARTPOLE:
-            steps = size.steps or EPISODES
-            return Cell(CARTPOLE, self.method, CARTPOLE_LR, seed, condition, steps, 1, self.options, size.preset)
+        method, options = self.contender.method, self.contender.options
+        if self.architecture == CARTPOLE:  # of one size
+            return Cell(CARTPOLE, method, CARTPOLE_LR, seed, condition, size.steps or EPISODES, 1, options)
         preset = PRESETS[size.preset]
         return Cell(
             architecture=self.architecture,
-            method=self.method,
+            method=method,
             lr=float(f"{self.rate * preset.lr:.6g}"),
             seed=seed,
             condition=condition,
-            steps=size.steps or preset.steps,
+            steps=size.steps or self.steps or preset.steps,
             batch=size.batch or self.batch or BATCH.get(size.preset, preset.batch),
-            options=self.options,
+            options=options,
             preset=size.preset,
         )
 
@@ -101,7 +121,9 @@ LANGUAGE = (
     CLIPPED,
     Count("diverged", "diverged"),
 )
+SKIPPED = Column("skipped", "skipped_steps", "{:.1f}")
 CONDITIONS = (CLEAN, BAD_SHARD)
+FROM_PAPER = {NATS: "validation loss - paper's", LOG_EPISODES: "log episodes - paper's"}  # a difference, by its unit
 
 
 @dataclass(frozen=True)
@@ -114,7 +136,8 @@ class Table:
     columns: tuple[Column | Count, ...] = LANGUAGE
     paper: tuple[str, ...] = ()  # titles of the columns that the paper's figures fill
     conditions: tuple[str, ...] = CONDITIONS
-    seeds: int = 3
+    seeds: int = SEEDS
+    notes: tuple[str, ...] = ()  # besides those of all tables
 
     def cells(self, size: Size, seeds: int | None = None) -> Iterator[tuple[Row, str, Cell]]:
         """Every row, condition and run."""
@@ -124,28 +147,64 @@ class Table:
                     yield row, condition, row.cell(size, condition, seed)
 
 
+def rows_of(
+    contenders: Sequence[Contender], figures: Mapping[str, tuple[str, ...]] = NO_FIGURES, before: str = "", **where: Any
+) -> tuple[Row, ...]:
+    """A row for each method, with what the paper has for its label."""
+    return tuple(Row(before + each.label, each, paper=figures.get(each.label, ()), **where) for each in contenders)
+
+
 def by_rate(
-    methods: Sequence[str], rates: Sequence[float], published: Sequence[Mapping[str, tuple[str, ...]]] = ()
+    contenders: Sequence[Contender],
+    rates: Sequence[float],
+    figures: Sequence[Mapping[str, tuple[str, ...]]] = (),
 ) -> tuple[Row, ...]:
     """Every method at every rate, with what the paper has for its rates, in order."""
+    pairs = zip_longest(rates, figures, fillvalue=NO_FIGURES)
+    return tuple(row for rate, found in pairs for row in rows_of(contenders, found, "{lr:g}, ", rate=rate))
+
+
+def by_option(option: str, figures: Mapping[float, tuple[str, ...]]) -> tuple[Row, ...]:
+    """The paper's rule with each value of an option; its own value is the run that other tables share."""
+    own = METHODS[PAPER.method].options[option]
+    found = {value: ours(**{option: value}) for value in figures}
     return tuple(
-        Row(f"{{lr:g}}, {METHODS[method].label}", method, rate=rate, paper=figures.get(method, ()))
-        for rate, figures in zip_longest(rates, published, fillvalue={})
-        for method in methods
+        Row(f"{each.label} (paper)", PAPER, paper=figures[value])
+        if value == own
+        else Row(each.label, each, paper=figures[value])
+        for value, each in found.items()
     )
 
 
-def by_option(option: str, published: Mapping[float, tuple[str, ...]]) -> tuple[Row, ...]:
-    """zclip_optim with each value of an option; its default is the run without it, which other tables share."""
-    default = getattr(ZClip().config, option)
-    return tuple(
-        Row(f"{option}={value:g}", "zclip_optim", options=() if value == default else ((option, value),), paper=figures)
-        for value, figures in published.items()
-    )
-
-
-COMPARED = ("none", "fixed", "zclip_optim")
-ALL = ("none", "fixed", "autoclip", "adagc", "published", "paper", "zclip_optim", "capped")
+FIXED = fixed(1)
+ALL = (
+    NONE,
+    FIXED,
+    AUTOCLIP,
+    ADAGC,
+    PUBLISHED,
+    PAPER,
+    CAPPED,
+    FALLING,
+    FALLING_CAPPED,
+    FALLING_SKIPPING_CAPPED,
+)
+OPTIONS = (
+    Contender("max", "max"),
+    Contender("mean", "mean"),
+    replace(PAPER, label="reciprocal (paper)"),
+    ours(z_skip=6),
+    ours(z_skip=10),
+)
+ARCHITECTURES = (NONE, FIXED, PAPER, FALLING, FALLING_CAPPED)
+THE_PAPERS_CAP = (
+    "paper: clipped: read off by eye from a figure in the authors' public repository that shows the share of all steps "
+    "up to a point: 100% during the first 0.5 B tokens for every threshold, about 20% at 5 B, and this column at the "
+    "end of 50 B. The rule alone clips every step only where a lasting rise of the norm has locked it in; the "
+    "published default max_grad_norm=1.0 does so as long as norms are above it, whatever z_thresh is. So the paper's "
+    "runs are in all likelihood the rule and a cap that matters while norms are large: that start alone is one "
+    "percentage point of each share at the end. Ours have no cap"
+)
 
 TABLES = {
     table.name: table
@@ -153,50 +212,54 @@ TABLES = {
         Table(
             "lr",
             "Learning rates (paper: Table 2)",
-            by_rate(("fixed", "zclip_optim", "capped"), RATES, published.RATES),
+            by_rate((FIXED, PAPER, FALLING, FALLING_CAPPED), RATES, published.RATES),
             paper=published.RATE_COLUMNS,
+            seeds=FEW_SEEDS,
         ),
         Table(
             "methods",
             "Methods (paper: Table 3)",
-            tuple(Row(METHODS[name].label, name, paper=published.METHODS.get(name, ())) for name in ALL),
+            rows_of(ALL, published.METHODS),
+            columns=(*LANGUAGE, SKIPPED),
             paper=published.TEST_COLUMNS,
         ),
         Table(
             "options",
-            "What a spike is clipped to (paper: Table 5)",
-            tuple(
-                Row(METHODS[name].options.get("clip_option", "reciprocal"), name, paper=figures)
-                for name, figures in published.OPTIONS.items()
-            ),
+            "What a spike is clipped to, or left out (paper: Table 5)",
+            rows_of(OPTIONS, published.OPTIONS),
+            columns=(*LANGUAGE, SKIPPED),
             paper=published.TEST_COLUMNS,
         ),
         Table(
             "z_thresh",
             "Threshold (paper: Table 6)",
-            by_option("z_thresh", published.Z_THRESH),
-            paper=published.TRAIN_COLUMNS,
+            (*by_option("z_thresh", published.Z_THRESH), *rows_of((FALLING_LOWER,))),
+            paper=published.THRESHOLD_COLUMNS,
+            notes=(THE_PAPERS_CAP,),
         ),
         Table(
             "alpha",
             "Decay of the statistics (paper: Table 7)",
             by_option("alpha", published.ALPHA),
             paper=published.TRAIN_COLUMNS,
+            seeds=FEW_SEEDS,
         ),
-        Table("extreme", "Rates where norms stay high", by_rate(("paper", "zclip_optim"), EXTREME_RATES)),
+        Table(
+            "extreme",
+            "Rates where norms stay high",
+            by_rate((PAPER, FALLING, PATIENT), EXTREME_RATES),
+            seeds=FEW_SEEDS,
+        ),
         Table(
             "arch",
             "Other architectures",
-            tuple(
-                Row(f"{label}, {METHODS[method].label}", method, architecture=architecture, batch=batch)
-                for architecture, label, batch in (("gpt2", "GPT-2", None), ("vit", "ViT", 32))
-                for method in COMPARED
-            ),
+            rows_of(ARCHITECTURES, before="GPT-2, ", architecture="gpt2")
+            + rows_of(ARCHITECTURES, before="ViT, ", architecture="vit", steps=300, batch=16),
         ),
         Table(
             "rl",
             "REINFORCE on CartPole",
-            tuple(Row(METHODS[method].label, method, architecture=CARTPOLE) for method in COMPARED),
+            rows_of((NONE, FIXED, PAPER, FALLING, PATIENT), architecture=CARTPOLE),
             columns=(
                 Column("episodes to a mean return of 195", "episodes_to_solve", "{:.0f}"),
                 Count("solved", "solved"),
@@ -204,10 +267,15 @@ TABLES = {
                 CLIPPED,
             ),
             conditions=(CLEAN,),
-            seeds=5,
+            seeds=20,
         ),
     )
 }
+
+
+def result_name(table: str, preset: str) -> str:
+    """Of the files that a table is written to."""
+    return table if preset == DEFAULT_PRESET else f"{preset}-{table}"
 
 
 def summarize_rows(
@@ -217,16 +285,26 @@ def summarize_rows(
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row, condition, cell in table.cells(size, seeds):
         entry = rows.setdefault((cell_label(row, cell), condition), new_entry(table, row, condition, cell))
-        figures = outcome(cell)
-        entry["cells"].append(cell.name)
-        entry["counted"].append(not figures.get("diverged", False))
-        entry["values"]["measure"].append(figures["measure"])
-        for column in table.columns:
-            entry["values"][column.key].append(figures[column.key])
+        add_run(table, entry, cell.name, outcome(cell), outcome(papers_twin(cell)))
     for entry in rows.values():
         entry["mean"] = {column.key: over_finite(statistics.fmean, counted(entry, column)) for column in table.columns}
         entry["std"] = {column.key: over_finite(spread, counted(entry, column)) for column in table.columns}
     return list(rows.values())
+
+
+def papers_twin(cell: Cell) -> Cell:
+    """The same run under the paper's rule, which every table has."""
+    return replace(cell, method=PAPER.method, options=PAPER.options)
+
+
+def add_run(table: Table, entry: dict[str, Any], name: str, figures: Outcome, papers: Outcome) -> None:
+    """The next seed's figures."""
+    entry["cells"].append(name)
+    entry["counted"].append(not figures.get("diverged", False))
+    entry["values"]["measure"].append(figures["measure"])
+    entry["values"]["papers_measure"].append(papers["measure"])
+    for column in table.columns:
+        entry["values"][column.key].append(figures[column.key])
 
 
 def new_entry(table: Table, row: Row, condition: str, cell: Cell) -> dict[str, Any]:
@@ -235,8 +313,8 @@ def new_entry(table: Table, row: Row, condition: str, cell: Cell) -> dict[str, A
         "row": cell_label(row, cell),
         "condition": condition,
         "architecture": row.architecture,
-        "method": row.method,
-        "options": dict(row.options),
+        "method": cell.method,
+        "options": dict(cell.options),
         "settings": cell.clipping.settings,
         "preset": cell.preset,
         "unit": cell.unit,
@@ -247,7 +325,7 @@ def new_entry(table: Table, row: Row, condition: str, cell: Cell) -> dict[str, A
         "paper": dict(zip(table.paper, row.paper, strict=False)),
         "cells": [],
         "counted": [],  # whether the run did not diverge
-        "values": {column.key: [] for column in table.columns} | {"measure": []},
+        "values": {column.key: [] for column in table.columns} | {"measure": [], "papers_measure": []},
     }
 
 
@@ -269,18 +347,34 @@ def spread(values: Sequence[float]) -> float:
 
 def format_rows(table: Table, rows: Sequence[Mapping[str, Any]]) -> str:
     """In Markdown, a table for each condition; the paper's figures beside ours for clean data, which its data were."""
+    known = [title for title in table.paper if any(title in entry["paper"] for entry in rows)]
     sections = []
     for condition in table.conditions:
-        lines = [
-            {table.name: entry["row"]}
-            | {column.title: column.show(counted(entry, column)) for column in table.columns}
-            | {f"paper: {title}": entry["paper"].get(title, "-") for title in table.paper if condition == CLEAN}
-            for entry in rows
-            if entry["condition"] == condition
-        ]
+        titles = known if condition == CLEAN else []
+        lines = [line_of(table, entry, titles) for entry in rows if entry["condition"] == condition]
         heading = f"{condition.capitalize()}:\n\n" if len(table.conditions) > 1 else ""
         sections.append(heading + markdown(lines))
     return "\n\n".join(sections)
+
+
+def line_of(table: Table, entry: Mapping[str, Any], titles: Sequence[str]) -> dict[str, str]:
+    """A row's figures, as far as its file has them, what the paired runs say, and the paper's figures."""
+    columns = [column for column in table.columns if column.key in entry["values"]]
+    return (
+        {table.name: entry["row"]}
+        | {column.title: column.show(counted(entry, column)) for column in columns}
+        | from_paper(entry)
+        | {f"paper: {title}": entry["paper"].get(title, "-") for title in titles}
+    )
+
+
+def from_paper(entry: Mapping[str, Any]) -> dict[str, str]:
+    """The measure minus that of the paper's rule; "-" for that rule, nothing in a file from before."""
+    if "papers_measure" not in entry["values"]:
+        return {}
+    is_paper = entry["method"] == PAPER.method and not entry["options"]
+    found = difference(entry["values"]["measure"], entry["values"]["papers_measure"])
+    return {FROM_PAPER[entry["unit"]]: "-" if is_paper else str(found)}
 
 
 def counted(entry: Mapping[str, Any], column: Column | Count) -> list[float]:

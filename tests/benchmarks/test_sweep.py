@@ -13,14 +13,27 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
+from benchmarks.evidence.workloads import REGRET
 from benchmarks.paper import cells
 from benchmarks.paper.cells import Cell, load_outcome, run_cell
-from benchmarks.paper.tables import ABLATION_RATE, RATES, TABLES, Column, Count, Size, cell_label, counted
+from benchmarks.paper.tables import (
+    ABLATION_RATE,
+    RATES,
+    TABLES,
+    Column,
+    Count,
+    Size,
+    cell_label,
+    counted,
+    format_rows,
+    papers_twin,
+    summarize_rows,
+)
 from benchmarks.report.records import read_records
 from benchmarks.report.summary import FINAL, steps_to_loss
 from benchmarks.training.cartpole import CartPoleRun, standardized_returns
 from benchmarks.training.digits import CORRUPTIONS, DigitBatches
-from benchmarks.training.methods import METHODS
+from benchmarks.training.methods import METHODS, PAPER
 from benchmarks.training.presets import PRESETS
 from benchmarks.training.run import Run, StepRecord, TrainConfig
 from zclip_optim import ZClip
@@ -41,19 +54,31 @@ def record(step, loss, corrupted=None):
     )
 
 
-def test_the_tables_and_what_is_left_to_the_defaults():
+def test_the_tables():
     assert list(TABLES) == ["lr", "methods", "options", "z_thresh", "alpha", "extreme", "arch", "rl"]
     assert len(RATES) == 7
-    assert [row.options for row in TABLES["z_thresh"].rows] == [
-        (("z_thresh", 1.5),), (("z_thresh", 2.0),), (), (("z_thresh", 3.0),), (("z_thresh", 3.5),), (("z_thresh", 4.0),)
+    assert [dict(row.contender.options) for row in TABLES["z_thresh"].rows] == [
+        {"z_thresh": 1.5}, {"z_thresh": 2}, {}, {"z_thresh": 3}, {"z_thresh": 3.5}, {"z_thresh": 4},
+        {"alpha_down": 0.8, "z_thresh": 2},
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TABLES)
+def test_nothing_is_left_to_the_defaults(name):
+    for _, _, cell in TABLES[name].cells(Size()):
+        if cell.clipping.ours:
+            assert PAPER.keys() <= cell.clipping.options.keys()
+            assert cell.clipping.settings | cell.clipping.options == cell.clipping.settings
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_the_published_results_say_how_they_came_about(name):
-    result = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
-    assert {"name", "command", "machine", "versions", "seeds", "rows"} <= result.keys()
-    assert len(result["seeds"]) >= 3
+    paths = [path for path in (BENCHMARKS / "results").glob("*.json") if path.stem in (name, f"nano-{name}")]
+    assert paths
+    for path in paths:
+        result = json.loads(path.read_text())
+        assert {"name", "command", "machine", "versions", "seeds", "rows"} <= result.keys()
+        assert len(result["seeds"]) >= 3
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -62,6 +87,7 @@ def test_every_cell_of_a_table_can_be_built(name):
     assert len({cell_label(row, cell) for row, _, cell in table.cells(Size())}) == len(table.rows)
     found = [cell for _, _, cell in table.cells(Size())]
     assert len({cell.name for cell in found}) == len(found) == len(table.rows) * len(table.conditions) * table.seeds
+    assert {papers_twin(cell) for cell in found} <= set(found)
     for cell in found:
         if cell.clipping.ours:
             ZClip(**cell.clipping.options)
@@ -72,6 +98,34 @@ def test_tables_share_the_cells_that_they_have_in_common():
     for name in ("options", "z_thresh", "alpha", "lr"):
         assert names[name] & names["methods"]
     assert {row.rate for row in TABLES["methods"].rows} == {ABLATION_RATE}
+
+
+def test_tables_share_with_regret_what_they_have_in_common():
+    regret = {cell.name for cell in REGRET.cells()}
+    shared = {name: {cell.name for _, _, cell in t.cells(Size())} & regret for name, t in TABLES.items()}
+    assert len(shared["methods"]) == 2 * 4 * (len(TABLES["methods"].rows) - 1)  # all but the cap alone
+    assert len(shared["arch"]) == 2 * 5 * (4 + 3)
+    assert len(shared["rl"]) == 4 * 20
+
+
+def test_differences_are_paired_with_the_papers_rule():
+    measures = {"none": [3.0, 5.0], "fixed": [1.0, 2.5], "paper": [1.0, 2.0]}
+
+    def outcome(cell):
+        figures = dict.fromkeys((column.key for column in TABLES["arch"].columns), 1.0)
+        return figures | {"measure": 0.5 if cell.options else measures[cell.method][cell.seed], "diverged": False}
+
+    rows = summarize_rows(TABLES["arch"], Size(), 2, outcome)
+    table = format_rows(TABLES["arch"], rows)
+    column = table.splitlines()[2].split("|").index("   validation loss - paper's ")
+    found = {line.split("|")[1].strip(): line.split("|")[column].strip() for line in table.splitlines()[4:9]}
+    assert found == {
+        "GPT-2, none": "+2.500 ± 0.500",
+        "GPT-2, fixed 1": "+0.250 ± 0.250",
+        "GPT-2, paper": "-",
+        "GPT-2, alpha_down=0.8": "-1.000 ± 0.500",
+        "GPT-2, alpha_down=0.8, max_grad_norm=1": "-1.000 ± 0.500",
+    }
 
 
 def test_a_cell_leaves_its_steps_and_its_outcome(tmp_path):
@@ -115,7 +169,9 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_a_cell_can_be_run_again(tmp_pa
     size = ("options", "--steps", 3, "--batch", 1, "--seeds", 1, "--out", tmp_path)
     sweep(monkeypatch, *size)
     first = json.loads((tmp_path / "options.json").read_text())
-    assert [row["row"] for row in first["rows"]] == ["max", "max", "mean", "mean", "reciprocal", "reciprocal"]
+    assert [row["row"] for row in first["rows"]] == [
+        label for label in ("max", "mean", "reciprocal (paper)", "z_skip=6", "z_skip=10") for _ in range(2)
+    ]
     assert {"name", "command", "machine", "versions", "seeds", "rows"} <= first.keys()
     ended, again = first["rows"][0]["cells"][0], first["rows"][2]["cells"][0]
     path = tmp_path / "cells" / f"{ended}.json"
@@ -136,7 +192,19 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_a_cell_can_be_run_again(tmp_pa
 def test_an_interrupt_ends_a_sweep_at_once(tmp_path):
     """Ctrl-C reaches the whole process group."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks", "sweep", "options", "--workers", "1", "--out", str(tmp_path)],
+        [
+            sys.executable,
+            "-m",
+            "benchmarks",
+            "sweep",
+            "lr",
+            "--preset",
+            "nano",
+            "--workers",
+            "1",
+            "--out",
+            str(tmp_path),
+        ],
         cwd=BENCHMARKS.parent,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
@@ -176,6 +244,13 @@ def test_the_other_tasks_in_short(tmp_path, monkeypatch):
         sweep(monkeypatch, name, "--steps", 2, "--batch", 1, "--seeds", 1, "--out", tmp_path)
         rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
         assert len(rows) == len(TABLES[name].rows) * len(TABLES[name].conditions)
+
+
+def test_another_preset_has_files_of_its_own(tmp_path, monkeypatch):
+    sweep(monkeypatch, "rl", "--preset", "nano", "--steps", 1, "--seeds", 1, "--out", tmp_path)
+    result = json.loads((tmp_path / "nano-rl.json").read_text())
+    assert result["cell_command"] == "python -m benchmarks sweep rl --preset nano --cell NAME"
+    assert not (tmp_path / "rl.json").exists()
 
 
 @pytest.mark.parametrize(
