@@ -11,9 +11,10 @@ value kept in doubt, and on the workloads whose optimizer is of Adam's kind whet
 What it leaves open is settled so: the questions are asked in this order, each with what was decided before; of two
 values that pass the one further in favour is taken; a run that diverged counts with the loss of a model that knows only
 how often each target occurs; CartPole's measure is the logarithm of the number of episodes; a workload that stands in
-several files counts once; where no pair differs the difference is 0 units. With 3 or 4 pairs a difference in units of
-its standard error has Student's distribution and not the normal one, in which 3 would be rare: the table has the normal
-deviate of the same probability beside it, for information; the verdict does not use it.
+several files counts once, with the most seeds that it has in one; where no pair differs the difference is 0 units. With
+3 or 4 pairs a difference in units of its standard error has Student's distribution and not the normal one, in which 3
+would be rare: the table has the normal deviate of the same probability beside it, for information; the verdict does not
+use it.
 
 Reads what `instability`, `regret` and `sweep` have written to --results, writes defaults.json and defaults.md to --out.
 """
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_rows(folder: Path) -> tuple[list[Row], list[str]]:
-    """The rows of ZClipOptimizer in all files that there are, the first file's where a workload stands in several."""
+    """The rows of ZClipOptimizer in all files that there are, each with the most seeds that it has in one."""
     sweeps = [result_name(name, preset) for preset in PRESETS for name in TABLES]
     found: dict[str, Row] = {}
     files = [path for path in (folder / f"{name}.json" for name in ("instability", "regret", *sweeps)) if path.exists()]
@@ -113,7 +114,8 @@ def read_rows(folder: Path) -> tuple[list[Row], list[str]]:
         result = json.loads(path.read_text())
         for row in result["rows"]:
             if row.get("settings"):  # of ZClipOptimizer; files from before this rule have none
-                found.setdefault(row["cells"][0], row)
+                name = row["cells"][0]
+                found[name] = max(found.get(name, row), row, key=lambda each: len(each["cells"]))
     return list(found.values()), [path.name for path in files]
 
 

@@ -36,8 +36,9 @@ class Difference(NamedTuple):
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> Difference:
-    """values - others, seed by seed; pairs in which one is not known are left out."""
-    pairs = np.asarray(values, float) - np.asarray(others, float)
+    """values - others for the seeds 0, 1, ... that both have; pairs in which one is not known are left out."""
+    both = min(len(values), len(others))
+    pairs = np.asarray(values[:both], float) - np.asarray(others[:both], float)
     pairs = pairs[np.isfinite(pairs)]
     if not len(pairs):
         return Difference(math.nan, math.nan, 0)

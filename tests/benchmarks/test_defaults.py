@@ -132,6 +132,20 @@ def test_a_cell_in_two_files_counts_once(tmp_path, monkeypatch):
     assert len(answer["differences"]) == 1
 
 
+def test_of_a_cell_in_two_files_the_row_with_more_seeds_counts(tmp_path, monkeypatch):
+    short = [row("a", [1.0, 1.1]), row("a", [0.5, 0.61], alpha_down=0.8), row("a", [0.9, 1.2], z_skip=6.0)]
+    for each in short:
+        each["cells"] *= 2
+    (tmp_path / "instability.json").write_text(json.dumps({"rows": short}))
+    long = [row("a", [1.0, 1.1, 1.3]), row("a", [0.5, 0.61, 0.79], alpha_down=0.8)]
+    for each in long:
+        each["cells"] *= 3
+    answers = decide(monkeypatch, tmp_path, long, "methods")
+    assert answers["alpha_down"]["values"][0]["differences"][0]["pairs"] == 3
+    assert answers["z_skip"]["decided"] is None
+    assert defaults.difference_of(short[2], long[0]).pairs == 2  # of the seeds that both have
+
+
 def test_without_results_there_is_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "defaults", "--results", str(tmp_path), "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
