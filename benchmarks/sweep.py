@@ -94,7 +94,6 @@ def page(result: Result) -> str:
     return document(
         f"{table.name}: {result['title']}",
         result,
-        *([result["remark"]] if "remark" in result else []),
         format_rows(table, result["rows"]),
         bullets(result["notes"]),
         f"Preset {result['size']['preset']}, {per_run(result['rows'])}. {runs} runs, {result['workers']} at a time, "

@@ -22,8 +22,9 @@ def write_result(path: Path, result: Mapping[str, object], page: Callable[[Resul
 
 
 def document(title: str, result: Result, *sections: str) -> str:
-    """A page: title, what was run, sections, and where the numbers come from."""
-    return "\n\n".join((f"# {title}", *sections, origin(result))) + "\n"
+    """A page: title, a remark on the result if it has one, sections, and where the numbers come from."""
+    remark = [result["remark"]] if "remark" in result else []
+    return "\n\n".join((f"# {title}", *remark, *sections, origin(result))) + "\n"
 
 
 def bullets(notes: Sequence[str]) -> str:
