@@ -2,19 +2,19 @@
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zclip_optim.algorithm import NormStats, Scalar, ZClipConfig
-from zclip_optim.distributed import ProcessGroups, as_groups, fsdp_groups, gradients_of, in_use
+from zclip_optim.distributed import ProcessGroups, as_groups, as_param_groups, gradients_of
 from zclip_optim.fused import Kernels
 from zclip_optim.gradients import Gradients, ParamGroups
 from zclip_optim.health import Health
 from zclip_optim.metrics import ClipMetrics, combine
-from zclip_optim.running import DeviceState, HostState, Verdict
+from zclip_optim.running import DeviceState, HostState, Verdict, refuse_meta
 from zclip_optim.state import Counters, SavedState, StepRecord, from_flat, to_flat
 
 
@@ -81,7 +81,7 @@ class ZClip:
         Raises:
             NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
         """
-        self.clip_(_as_param_groups(model_or_parameters))
+        self.clip_(as_param_groups(model_or_parameters))
         return math.hypot(*(record.norm for record in self._wait_for_records()))
 
     def clip_(self, param_groups: ParamGroups, *, new_step: bool = True, kernels: Kernels | None = None) -> bool:
@@ -107,6 +107,8 @@ class ZClip:
     def _clip(self, param_groups: ParamGroups, new_step: bool, kernels: Kernels | None) -> bool:
         gradients = gradients_of(param_groups, self.config.scope, self.process_groups)
         norms = gradients.norms()
+        if new_step and (self.health.missing or not gradients.any_here()):
+            self.health.count_missing(gradients.are_missing(norms))
         state = self._state_for(gradients.device, len(norms))
         verdict = state.step(norms, self.config, new_step)
         if isinstance(state, DeviceState):
@@ -130,6 +132,7 @@ class ZClip:
             gradients.scale_(verdict.coefs)
         if not self.config.can_skip or (kernels and self._may_skip_unseen(state) and kernels.skip(verdict.skip)):
             return True
+        refuse_meta(state.device)
         if verdict.skip.item():  # the one thing that is ever read back in a step
             return False
         state.note_finite()
@@ -163,7 +166,7 @@ class ZClip:
     def _wait_for_records(self) -> list[StepRecord]:
         """The records of the last step. On an accelerator this waits for it, once, and is when warnings are given."""
         records = self._state.read()
-        self.health.check(records)
+        self.health.check_when_read(records)
         return records
 
     def _wait_for_records_of(self, n_scopes: int) -> list[StepRecord]:
@@ -195,15 +198,19 @@ class ZClip:
         return {"groups": [to_flat(record, self.config.scope) for record in self._wait_for_records()]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore the statistics that `state_dict` returned.
+        """Restore the statistics that `state_dict` returned. Each kind of `ZClipWarning` can then be given again.
 
         Raises:
             ValueError: the state is malformed; names the key. Nothing has changed then.
         """
+        self.restore(self.parse(state_dict))
+
+    def parse(self, state_dict: Any) -> SavedState:
+        """The state in what `state_dict` returned; raises ValueError if it is malformed."""
         saved = self.parse_groups(state_dict.get("groups")) if isinstance(state_dict, Mapping) else None
         if saved is None:
             raise ValueError("state_dict must be what ZClip.state_dict() returned: a dict with 'groups' of statistics")
-        self.restore(saved)
+        return saved
 
     def parse_groups(self, groups: Any) -> SavedState | None:
         """The state that saved param groups carry, None if they carry none; raises ValueError if it is malformed."""
@@ -216,35 +223,25 @@ class ZClip:
             self._state.write(records)
         else:
             self._state = HostState(records)
-        self.health.go_on_from(records)
+        self.health.restart(records)
 
     def publish(self, param_groups: Iterable[dict[str, Any]]) -> None:
         """Write the state into param groups, from where `parse_groups` reads it after a checkpoint."""
         groups = list(param_groups)
-        per_group = self.config.scope == "group"
-        records = self._wait_for_records_of(len(groups) if per_group else 1)
-        for i, group in enumerate(groups):
-            group.update(to_flat(records[i if per_group else 0], self.config.scope))
+        for group, flat in zip(groups, self._flat(len(groups)), strict=True):
+            group.update(flat)
+
+    def is_published_in(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these param groups, of a checkpoint, carry what `publish` writes."""
+        flats = self._flat(len(groups))
+        return bool(groups) and all(flat.items() <= group.items() for group, flat in zip(groups, flats, strict=True))
+
+    def _flat(self, n_groups: int) -> list[dict[str, Any]]:
+        """What each of so many param groups carries."""
+        if self.config.scope == "group":
+            return [to_flat(record, "group") for record in self._wait_for_records_of(n_groups)]
+        return [to_flat(self._wait_for_records()[0], "global")] * n_groups
 
 
 def _fresh(saved: SavedState) -> list[StepRecord]:
     return [StepRecord.before_any(stats, saved.counters) for stats in saved.stats]
-
-
-def _as_param_groups(model_or_parameters: Any) -> ParamGroups:
-    if isinstance(model_or_parameters, nn.Module):
-        named = dict(model_or_parameters.named_parameters())
-        shard_groups = fsdp_groups(model_or_parameters) if in_use() else {}
-        return [{"params": list(named.values()), "param_names": list(named), "shard_groups": shard_groups}]
-    items = _as_list(model_or_parameters)
-    groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
-    groups = [{**group, "params": _as_list(group["params"])} for group in groups]
-    wrong = {type(p).__name__ for group in groups for p in group["params"] if not isinstance(p, Tensor)}
-    if wrong:
-        kinds = ", ".join(sorted(wrong))
-        raise TypeError(f"model_or_parameters must be a module, parameters or param groups, got {kinds} among them")
-    return groups
-
-
-def _as_list(params: Any) -> list[Any]:
-    return [params] if isinstance(params, Tensor) else list(params)

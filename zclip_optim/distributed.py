@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -19,6 +20,8 @@ ProcessGroups: TypeAlias = "dist.ProcessGroup | Sequence[dist.ProcessGroup] | No
 Groups: TypeAlias = tuple[Any, ...]  # of ProcessGroups, a class that not every build of torch has
 AVAILABLE = dist.is_available()  # a property of the build of torch
 PLAIN = {Parameter, Tensor, type(None)}
+NOT_SEEN = "keeps the gradients in buffers of its own, so their norm cannot be seen here"
+WITH_ITS_NORM = "zclip_optim.decide with the norm that it reports"
 
 
 class Part(NamedTuple):
@@ -91,12 +94,8 @@ class ShardedGradients(Gradients):
         self._process_groups = process_groups
         self._reduced: Reduced = ()
 
-    def norms(self) -> Any:
-        """The L2 norm of each scope over all ranks, the same bits on each of them.
-
-        Raises:
-            ValueError: see `split_gradients`.
-        """
+    def _measured(self) -> Any:
+        """The L2 norm of each scope over all ranks, the same bits on each of them; see `split_gradients` for errors."""
         squares: defaultdict[tuple[int, Groups], Scalar] = defaultdict(float)
         for i, groups in enumerate(self.scopes):
             for part in split_gradients(groups, self._process_groups):
@@ -108,6 +107,12 @@ class ShardedGradients(Gradients):
 
     def _local_norm(self, gradients: list[Tensor]) -> Scalar:
         return gradient_norm(gradients) if self.device is None else device_norm(gradients, self.device)
+
+    def are_missing(self, norms: Any) -> bool | None:
+        """The same; None if none has one here and only the device knows of the others."""
+        if self.any_here() or not self._reduced:
+            return not self.any_here()
+        return not any(norms) if self.device is None else None
 
     def describe_nonfinite(self, *, ask_others: bool) -> str:
         """The same over all ranks of the groups whose sum was not finite, and that therefore are here now."""
@@ -283,6 +288,30 @@ def fsdp_groups(model: nn.Module) -> dict[Tensor, Groups]:
     return {p: groups[p] for p in flattened}
 
 
+def as_param_groups(model_or_parameters: Any) -> ParamGroups:
+    """A model, parameters or param groups as param groups, those of FSDP1 with the groups that hold their shards.
+
+    Raises:
+        TypeError: there is something else among them.
+    """
+    if isinstance(model_or_parameters, nn.Module):
+        named = dict(model_or_parameters.named_parameters())
+        shard_groups = fsdp_groups(model_or_parameters) if in_use() else {}
+        return [{"params": list(named.values()), "param_names": list(named), "shard_groups": shard_groups}]
+    items = _as_list(model_or_parameters)
+    groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
+    groups = [{**group, "params": _as_list(group["params"])} for group in groups]
+    wrong = {type(p).__name__ for group in groups for p in group["params"] if not isinstance(p, Tensor)}
+    if wrong:
+        kinds = ", ".join(sorted(wrong))
+        raise TypeError(f"model_or_parameters must be a module, parameters or param groups, got {kinds} among them")
+    return groups
+
+
+def _as_list(params: Any) -> list[Any]:
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
 def refuse_unknown_shards(params: Iterable[Tensor], groups: Groups | None) -> None:
     """Refuse shards of parameters if nothing is known about the other ones: the norm would be wrong.
 
@@ -302,15 +331,34 @@ def refuse_foreign_gradients(base_optimizer: object, params: Iterable[Tensor]) -
     Raises:
         ValueError: an optimizer or parameters of DeepSpeed ZeRO or Megatron.
     """
-    package = type(base_optimizer).__module__.partition(".")[0]
+    package, _, module = type(base_optimizer).__module__.partition(".")
     params = list(params)
-    if package == "deepspeed" or any(hasattr(p, "ds_id") for p in params):
+    if (package == "deepspeed" and not module.startswith("ops.")) or any(hasattr(p, "ds_id") for p in params):
         owner, instead = "DeepSpeed ZeRO", "torch's fully_shard"
     elif package == "megatron" or any(hasattr(p, "main_grad") for p in params):
         owner, instead = "Megatron", "torch's fully_shard and tensor parallelism"
     else:
         return
-    raise ValueError(
-        f"{owner} keeps the gradients in buffers of its own, so their norm cannot be seen here: use {instead}, or "
-        "zclip_optim.decide with the norm that it reports"
-    )
+    raise ValueError(f"{owner} {NOT_SEEN}: use {instead}, or {WITH_ITS_NORM}")
+
+
+def most_dimensions(params: Iterable[Tensor]) -> int:
+    """The dimensions of the parameter that has the most."""
+    return max((p.dim() for p in params), default=0)
+
+
+def refuse_flat_shards(params: Iterable[Tensor], dimensions: int | None) -> None:
+    """Refuse what DeepSpeed has put into an optimizer in place of the parameters that it was made with.
+
+    Args:
+        params: of the optimizer at its first step.
+        dimensions: `most_dimensions` of those that it was made with.
+
+    Raises:
+        ValueError: DeepSpeed is loaded, and there are flat parameters only where there were others.
+    """
+    if "deepspeed" in sys.modules and dimensions is not None and most_dimensions(params) == 1 < dimensions:
+        raise ValueError(
+            f"DeepSpeed has replaced the parameters by flat shards and {NOT_SEEN}. Hand deepspeed.initialize the "
+            f"optimizer without ZClipOptimizer; use torch's fully_shard, or {WITH_ITS_NORM}"
+        )

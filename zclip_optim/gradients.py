@@ -1,6 +1,6 @@
 """Gradients: where a norm comes from and a coefficient goes to."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -8,7 +8,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from zclip_optim.algorithm import Scalar
-from zclip_optim.norm import by_device_and_dtype, device_norm, gradient_norm, real_values
+from zclip_optim.norm import (
+    by_device_and_dtype,
+    device_norm,
+    gradient_norm,
+    is_ordinary,
+    real_values,
+    stored_values,
+)
 
 ParamGroups: TypeAlias = Sequence[Mapping[str, Any]]
 
@@ -31,10 +38,29 @@ class Gradients:
         self._local = [collect_gradients(groups) for groups in self.scopes]
 
     def norms(self) -> Any:
-        """The L2 norm of each scope: a list of numbers, or a tensor on the accelerator with an element for each."""
+        """The L2 norm of each scope: a list of numbers, or a tensor on the accelerator with an element for each.
+
+        Raises:
+            TypeError: a gradient cannot be measured; names the parameter.
+        """
+        try:
+            return self._measured()
+        except (RuntimeError, TypeError) as error:
+            refuse_unmeasurable(self.param_groups, error)
+            raise
+
+    def _measured(self) -> Any:
         if self.device is None:
             return [gradient_norm(gradients) for gradients in self._local]
         return torch.stack([device_norm(gradients, self.device) for gradients in self._local])
+
+    def any_here(self) -> bool:
+        """Whether some parameter has a gradient in this process."""
+        return any(self._local)
+
+    def are_missing(self, norms: Any) -> bool | None:
+        """Whether no parameter has a gradient, on any rank; `norms` is what `norms()` returned."""
+        return not self.any_here()
 
     def scale_(self, coefs: Iterable[Scalar]) -> None:
         """Multiply the gradients by the coefficient of their scope, in place."""
@@ -84,11 +110,23 @@ def scale_gradients_(gradients: Sequence[Tensor], coef: float | Tensor) -> None:
     """
     if isinstance(coef, Tensor):
         # A real factor is the same to a conjugate, which foreach functions do not take.
-        for batch in by_device_and_dtype(g.conj() if g.is_conj() else g for g in gradients):
-            torch._foreach_mul_(batch, coef.to(batch[0].device, batch[0].dtype))
+        for batch in by_device_and_dtype(v.conj() if v.is_conj() else v for v in map(stored_values, gradients)):
+            if batch[0].dtype.itemsize == 1:
+                _scale_bytes_(batch, coef)
+            else:
+                torch._foreach_mul_(batch, coef.to(batch[0].device, batch[0].dtype))
     elif coef != 1:
         for gradient in gradients:
-            gradient.mul_(coef)  # _foreach_mul_ would round to a 16-bit dtype
+            if gradient.dtype.itemsize == 1:
+                _scale_bytes_([gradient], coef)
+            else:
+                gradient.mul_(coef)  # _foreach_mul_ would round to a 16-bit dtype
+
+
+def _scale_bytes_(gradients: Sequence[Tensor], coef: float | Tensor) -> None:
+    """For float8, with which torch does not calculate."""
+    for gradient in gradients:
+        gradient.copy_(gradient.float() * coef)
 
 
 def zero_gradients_(gradients: Sequence[Tensor]) -> None:
@@ -101,14 +139,40 @@ def describe_nonfinite(param_groups: ParamGroups, limit: int = 10) -> str:
     """The parameters whose gradients hold NaN or infinities in this process: by name where the groups have names, else
     by position; empty if there are none.
     """
-    found = []
-    for i, group in enumerate(param_groups):
-        for j, p in enumerate(group["params"]):
-            if p.grad is not None and not real_values(local_tensor(p.grad)).isfinite().all():
-                name = group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]"
-                found.append(f"{name} {tuple(p.shape)}")
+    found = [
+        f"{name} {'nested' if p.is_nested else tuple(p.shape)}"
+        for name, p, gradient in _named_gradients(param_groups)
+        if not real_values(gradient).isfinite().all()
+    ]
     more = f" and {len(found) - limit} more" if len(found) > limit else ""
     return ", ".join(found[:limit]) + more
+
+
+def _named_gradients(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name or position, parameter, and what this process has of its gradient."""
+    for i, group in enumerate(param_groups):
+        for j, p in enumerate(group["params"]):
+            if p.grad is not None:
+                name = group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]"
+                yield name, p, local_tensor(p.grad)
+
+
+def refuse_unmeasurable(param_groups: ParamGroups, error: Exception) -> None:
+    """Name the gradient that torch cannot measure, if that is why measuring failed.
+
+    Raises:
+        TypeError: there is such a gradient.
+    """
+    for name, _, gradient in _named_gradients(param_groups):
+        if is_ordinary(gradient) and type(gradient) is Tensor:
+            continue
+        try:
+            gradient_norm([gradient])
+        except (RuntimeError, TypeError):
+            raise TypeError(
+                f"the norm of the gradient of {name} cannot be measured: a {type(gradient).__name__} of layout "
+                f"{gradient.layout} and dtype {gradient.dtype} ({error})"
+            ) from error
 
 
 def local_tensor(value: Tensor) -> Tensor:

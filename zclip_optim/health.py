@@ -14,6 +14,7 @@ from zclip_optim.state import StepRecord
 WINDOW = 200  # steps
 HIGH_CLIP_RATE = 0.2
 NO_SPREAD = 1e-5  # relative; below it norms are equal but for rounding
+WITHOUT_GRADIENTS = 20  # steps in a row
 
 
 class ZClipWarning(UserWarning):
@@ -32,7 +33,12 @@ class Health:
         self.config = config
         self._warmup = config.warmup_steps
         self._patience = math.inf if config.patience is None else config.patience
+        self.restart(records)
+
+    def restart(self, records: Sequence[StepRecord]) -> None:
+        """Another run begins with these records: every warning can be given again."""
         self._said: set[str] = set()
+        self.missing = 0  # steps in a row at which no parameter had a gradient
         self.go_on_from(records)
 
     def go_on_from(self, records: Sequence[StepRecord]) -> None:
@@ -66,6 +72,33 @@ class Health:
         """The step that ends the warm-up or the window, whichever is first."""
         end_of_window: int = self._window_starts[scope].step + WINDOW
         return min(self._warmup, end_of_window) if now.step < self._warmup else end_of_window
+
+    def count_missing(self, missing: bool | None) -> None:
+        """Count a step, if no parameter had a gradient at it.
+
+        Args:
+            missing: None if none had one in this process and only the device knows of the other ranks; then the warning
+                comes when the records are read.
+        """
+        self.missing = 0 if missing is False else self.missing + 1
+        if missing:
+            self._check_missing()
+
+    def check_when_read(self, records: Sequence[StepRecord]) -> None:
+        """`check` records that were read from a device, and what could not be known before."""
+        self.check(records)
+        if self.missing and not any(record.norm for record in records):
+            self._check_missing()
+
+    def _check_missing(self) -> None:
+        if self.missing >= WITHOUT_GRADIENTS:
+            self.warn(
+                "missing",
+                f"no parameter of this optimizer had a gradient at the last {self.missing} steps: nothing is clipped. "
+                "If parameters were replaced or frozen after the optimizer was made (PEFT, to_empty, new layers), make "
+                "and wrap it after that; if gradients are used up within backward (LOMO, a hook) or set to None before "
+                "step(), there is nothing to clip here",
+            )
 
     def _check_warm_up(self, scope: int, new: NormStats) -> None:
         if self._warmup > 1 and new.var**0.5 <= NO_SPREAD * new.mean:

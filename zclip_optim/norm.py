@@ -24,9 +24,12 @@ CHUNK = 2**22  #       elements             fewer calls, rows that leave the cac
 COPIED_CHUNK = 2**20  # elements            the same, and more memory
 SMALLEST_SUM = 1e-20  # a sum of squares    more sums taken again, because elements may have vanished in float32
 
+ORDINARY = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+
 
 def gradient_norm(gradients: list[Tensor]) -> float:
-    """L2 norm over all elements of dense, sparse (COO), real and complex tensors of any floating dtype and device.
+    """L2 norm over all elements of dense, sparse, nested, real and complex tensors of any floating dtype and device.
 
     Accumulated in float32 or wider, and right also where the squares of the elements overflow or vanish in float32.
     Reads every gradient once. For gradients on the CPU; one on an accelerator is read back.
@@ -60,20 +63,42 @@ def by_device_and_dtype(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
     return batches.values()
 
 
+def is_ordinary(gradient: Tensor) -> bool:
+    """Whether it is dense and of a real dtype that torch calculates with."""
+    return gradient.dtype in ORDINARY and gradient.layout is torch.strided and not gradient.is_nested
+
+
 def real_values(gradient: Tensor) -> Tensor:
-    """A dense real tensor of the same norm: the values of a sparse one, both parts of complex ones."""
+    """A dense real tensor of the same norm: what a sparse or nested one stores, both parts of complex ones."""
+    if is_ordinary(gradient):
+        return gradient
     if gradient.is_sparse:
-        gradient = gradient.coalesce().values()
-    if gradient.is_conj():
-        gradient = gradient.conj()  # of the same norm, without a copy
-    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
+        values = gradient.coalesce().values()
+    elif gradient.layout is torch.jagged and not gradient.is_contiguous():  # with holes in its buffer
+        values = torch.cat([part.reshape(-1) for part in gradient.detach().unbind()])
+    else:
+        values = gradient.to_dense() if gradient.is_mkldnn else stored_values(gradient)
+    if values.is_conj():
+        values = values.conj()  # of the same norm, without a copy
+    if values.is_complex():
+        return torch.view_as_real(values)
+    return values.float() if values.dtype.itemsize == 1 else values  # float8
+
+
+def stored_values(gradient: Tensor) -> Tensor:
+    """What a nested tensor, or a sparse one other than COO, stores, in its own memory; any other tensor as it is."""
+    if gradient.is_nested or gradient.layout in COMPRESSED:
+        values: Tensor = gradient.values().detach()
+        return values
+    return gradient
 
 
 def _sum_of_squares(gradients: list[Tensor]) -> float:
-    if 0 < len(gradients) <= FEW and all(
-        [g.dtype is torch.float32 and g.numel() <= SHORT and not g.is_sparse for g in gradients]
-    ):
-        return sum([float(norm * norm) for norm in map(Tensor.item, torch._foreach_norm(gradients))])
+    if 0 < len(gradients) <= FEW and all([g.dtype is torch.float32 and g.numel() <= SHORT for g in gradients]):
+        try:
+            return sum([float(norm * norm) for norm in map(Tensor.item, torch._foreach_norm(gradients))])
+        except RuntimeError:  # some are sparse or nested
+            return sum([_sum_over(g) for g in gradients])
     total = 0.0
     batch: list[Tensor] = []
     room = BATCH
@@ -93,13 +118,13 @@ def _sum_of_squares(gradients: list[Tensor]) -> float:
 def _sum_over_batch(batch: list[Tensor]) -> float:
     try:
         flat = flatten_dense_tensors(batch)
-    except RuntimeError:  # some are sparse, or they are on several devices
+    except RuntimeError:  # some are sparse or nested, or they are on several devices
         return sum([_sum_over(g) for g in batch])
     return _sum_over_rows(flat) if flat.dtype is torch.float32 else _sum_over(flat)
 
 
 def _sum_over_large(g: Tensor) -> float:
-    if g.dtype is torch.float32 and g.numel() <= CHUNK and g.is_contiguous():  # which no sparse tensor is
+    if g.dtype is torch.float32 and g.numel() <= CHUNK and is_ordinary(g) and g.is_contiguous():
         return _sum_over_rows(g)
     return _sum_over(g)
 

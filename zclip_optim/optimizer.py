@@ -1,20 +1,31 @@
 """ZClipOptimizer: torch's optimizer contract around a ZClip, and nothing else."""
 
+import copy
+import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any, NoReturn
 
 import torch
 from torch.optim import Optimizer
 
+from zclip_optim.checks import check_base_optimizer, refuse_unclipped_update, refuse_unexpected
 from zclip_optim.clipper import NonFiniteGradientError, ZClip
-from zclip_optim.distributed import ProcessGroups, refuse_foreign_gradients, refuse_unknown_shards
+from zclip_optim.distributed import (
+    ProcessGroups,
+    most_dimensions,
+    refuse_flat_shards,
+    refuse_foreign_gradients,
+    refuse_unknown_shards,
+)
 from zclip_optim.fused import Kernels
 from zclip_optim.gradients import collect_gradients, zero_gradients_
 from zclip_optim.metrics import ClipMetrics
+from zclip_optim.stages import STAGES, StagedStep
+from zclip_optim.state import SavedState
 
 Closure = Callable[[], Any]
-OPTIMIZER_INTERFACE = ("param_groups", "step", "zero_grad", "state_dict", "load_state_dict")
+OWN_ENTRY = "zclip"  # of a state dict whose base optimizer saves nothing of the param groups
 
 
 class ZClipOptimizer(Optimizer):
@@ -28,6 +39,9 @@ class ZClipOptimizer(Optimizer):
     other steps no bit is changed. The statistics travel in the param groups of `state_dict`, so they survive every
     checkpoint library; hyperparameters are not saved. Schedulers, GradScaler and trainers take the wrapper for the
     optimizer that it wraps. Turn off any other clipping: it hides the spikes.
+
+    SAM's `first_step()` and `second_step()` are clipped as its `step(closure)` is, the first one moves the statistics;
+    other methods of a base optimizer that update parameters are refused.
 
     Args:
         base_optimizer: the optimizer to wrap, an instance of any class; may be trained already.
@@ -69,9 +83,15 @@ class ZClipOptimizer(Optimizer):
             `z_skip`.
 
     Raises:
-        TypeError: `base_optimizer` is not an optimizer instance, or is a ZClipOptimizer already.
+        TypeError: `base_optimizer` is not an optimizer instance, or it is or holds a ZClipOptimizer, or one that a
+            trainer has prepared (Accelerate, Fabric, Lightning, Opacus): wrap first, then prepare.
         ValueError: an argument is out of its range; names the argument, the value and the range. Or the parameters are
             FSDP1's and there is no `process_group`, or DeepSpeed ZeRO or Megatron keeps their gradients elsewhere.
+
+    Warns:
+        ZClipWarning: each kind once, and once more after a `load_state_dict`: many steps are clipped, spikes outlast
+            `patience`, norms were clipped before, many steps are not finite, no parameter has a gradient; or the
+            param groups of `base_optimizer` hold statistics that do not fit.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -108,9 +128,11 @@ class ZClipOptimizer(Optimizer):
         max_consecutive_nonfinite: int | None = 25,
         scope: str = "global",
         process_group: ProcessGroups = None,
+        **unexpected: NoReturn,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "base_optimizer")}
-        _check_base_optimizer(base_optimizer)
+        options = {k: v for k, v in locals().items() if k not in ("self", "base_optimizer", "unexpected")}
+        refuse_unexpected(unexpected, options)
+        check_base_optimizer(base_optimizer, ZClipOptimizer)
         self.base_optimizer = base_optimizer
         self.clipper = ZClip(**options)
         refuse_unknown_shards(self._params(), self.clipper.process_groups)
@@ -118,8 +140,21 @@ class ZClipOptimizer(Optimizer):
         # Not Optimizer.__init__, which would, through the properties below, empty the base optimizer.
         self._make_hook_dicts()
         self._may_move_in_closures = True  # the parameters, before a further evaluation; until its first step shows
-        if any(group.get("zclip_step") for group in self.param_groups):  # it has loaded a checkpoint of a wrapped one
-            self.clipper.restore(self.clipper.parse_groups(self.param_groups))
+        self._dimensions: int | None = most_dimensions(self._params())  # of the parameters; None from the first step on
+        self._staged: StagedStep | None = None
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Go on from the statistics that the base optimizer has loaded, if it has loaded what a wrapped one saved."""
+        if any(group.get("zclip_step") for group in self.param_groups):
+            try:
+                self.clipper.restore(self.clipper.parse_groups(self.param_groups))
+            except ValueError as error:
+                self.clipper.health.warn(
+                    "stale",
+                    f"the statistics start afresh: those in the param groups of base_optimizer are no whole ({error}). "
+                    "A load_state_dict restores those of a checkpoint",
+                )
         self.clipper.publish(self.param_groups)
 
     def _make_hook_dicts(self) -> None:
@@ -168,8 +203,9 @@ class ZClipOptimizer(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The default hyperparameters of the base optimizer."""
-        return self.base_optimizer.defaults
+        """The default hyperparameters of the base optimizer; empty if it has none."""
+        defaults: dict[str, Any] = getattr(self.base_optimizer, "defaults", {})
+        return defaults
 
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:
@@ -205,10 +241,21 @@ class ZClipOptimizer(Optimizer):
 
     def _step(self, closure: Closure | None = None) -> Any:
         base = self.base_optimizer
+        if self._dimensions is not None:
+            self._look_at_first_step()
         with Kernels(base) as kernels:
             if closure is not None:
                 return self._step_with(closure, kernels)
             return base.step() if self.clipper.clip_(base.param_groups, kernels=kernels) else None
+
+    def _look_at_first_step(self) -> None:
+        refuse_flat_shards(self._params(), self._dimensions)
+        self._dimensions = None
+
+    def _take_stage(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if self._staged is None or name == STAGES[0]:
+            self._staged = StagedStep(self.base_optimizer, self.clipper)
+        return self._staged.take(name, *args, **kwargs)
 
     def _step_with(self, closure: Closure, kernels: Kernels) -> Any:
         start = [p.detach().clone() for p in self._params()] if self._may_move_in_closures else None
@@ -270,22 +317,39 @@ class ZClipOptimizer(Optimizer):
         """The state to save in a checkpoint. On accelerators this waits for the device.
 
         Returns:
-            The base optimizer's state dict, with ZClip's statistics as plain numbers ``zclip_*`` in every param group.
+            The base optimizer's state dict, with ZClip's statistics as plain numbers ``zclip_*`` in every param group;
+            if it saves nothing of its param groups, as some containers do, in an entry ``zclip`` of their own.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         self.clipper.publish(self.param_groups)
-        state_dict = self.base_optimizer.state_dict()
+        state_dict = self._with_statistics(self.base_optimizer.state_dict())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = _replaced(state_dict, post_hook(self, state_dict))
+        return state_dict
+
+    def _with_statistics(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict of the base optimizer, with an entry for the statistics if they are not in its param groups."""
+        if self.clipper.is_published_in(_find_param_groups(state_dict)):
+            return state_dict
+        if isinstance(state_dict, MutableMapping):
+            state_dict = copy.copy(state_dict)
+            state_dict[OWN_ENTRY] = self.clipper.state_dict()
+        else:  # which no optimizer of torch's kind should do
+            name = type(self.base_optimizer).__name__
+            self.clipper.health.warn(
+                "unsaved",
+                f"the statistics are not saved: the state_dict() of {name} has no param groups and is no dict. Save "
+                "optimizer.clipper.state_dict() beside it",
+            )
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer or of a bare base optimizer; with the latter the statistics start afresh.
 
         Args:
-            state_dict: what `state_dict` returned. Its hyperparameters of ZClip are not saved: those given at
-                construction stay.
+            state_dict: what `state_dict` returned. Hyperparameters of ZClip are not saved: those given at construction
+                stay. Another run begins: each kind of `ZClipWarning` can be given again.
 
         Raises:
             ValueError: ZClip's statistics in it are malformed; names the key. Nothing has changed then.
@@ -293,7 +357,11 @@ class ZClipOptimizer(Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _replaced(state_dict, pre_hook(self, state_dict))
-        saved = self.clipper.parse_groups(_find_param_groups(state_dict))
+        saved: SavedState | None
+        if isinstance(state_dict, Mapping) and OWN_ENTRY in state_dict:
+            saved = self.clipper.parse(state_dict.pop(OWN_ENTRY))
+        else:
+            saved = self.clipper.parse_groups(_find_param_groups(state_dict))
         self.base_optimizer.load_state_dict(state_dict)
         self.clipper.restore(saved)
         self.clipper.publish(self.param_groups)
@@ -306,7 +374,11 @@ class ZClipOptimizer(Optimizer):
             return object.__getattribute__(self, name)  # a property of ours failed: let its own AttributeError surface
         if name.startswith("_") or name in ("base_optimizer", "grad_scale", "found_inf"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.base_optimizer, name)
+        value = getattr(self.base_optimizer, name)
+        if name in STAGES and callable(value):
+            return functools.partial(self._take_stage, name)
+        refuse_unclipped_update(name, value)
+        return value
 
     def __getstate__(self) -> dict[str, Any]:
         """Drops hooks, as torch does, and a step() that a scheduler patched, which would step this object."""
@@ -327,7 +399,8 @@ class _ClippingClosure:
 
     A first evaluation that is not finite leaves the step at once. An optimizer that has moved the parameters by then
     (SAM always, LBFGS from its second evaluation on) is in the middle of something: it gets zero gradients, ends its
-    step, and the parameters are put back afterwards.
+    step, and the parameters are put back afterwards. That it moves them, their version counters tell, which torch does
+    not count up for a DTensor that a foreach or fused operation alone writes to: such a step is left where it was.
     """
 
     def __init__(self, optimizer: ZClipOptimizer, closure: Closure, kernels: Kernels) -> None:
@@ -374,22 +447,6 @@ class _SkipStep(Exception):  # noqa: N818
 def _replaced(value: Any, by: Any) -> Any:
     """What a hook returned, if it returned something."""
     return value if by is None else by
-
-
-def _check_base_optimizer(base_optimizer: Any) -> None:
-    if isinstance(base_optimizer, type):
-        raise TypeError(
-            f"base_optimizer must be an optimizer instance, got the class {base_optimizer.__name__}; "
-            f"write ZClipOptimizer({base_optimizer.__name__}(model.parameters(), ...))"
-        )
-    if isinstance(base_optimizer, ZClipOptimizer):
-        raise TypeError("base_optimizer is a ZClipOptimizer already; wrapping it again would clip twice")
-    missing = [name for name in OPTIMIZER_INTERFACE if not hasattr(base_optimizer, name)]
-    if missing:  # not isinstance: ScheduleFreeWrapper, for one, is an optimizer without torch's base class
-        kind = type(base_optimizer).__name__
-        raise TypeError(f"base_optimizer must be an optimizer, got {kind}, which has no {', '.join(missing)}")
-    if any(group.get("differentiable") for group in base_optimizer.param_groups):
-        raise ValueError("base_optimizer must not have differentiable=True: clipping writes to the gradients in place")
 
 
 def _find_param_groups(state_dict: Any) -> list[dict[str, Any]]:

@@ -148,6 +148,7 @@ class DeviceState:
         return self.last_read
 
     def _transferred(self) -> list[StepRecord]:
+        refuse_meta(self.device)
         return [StepRecord.unpack_numbers(row) for row in self.values.t().tolist()]
 
     def write(self, records: Sequence[StepRecord]) -> None:
@@ -159,6 +160,19 @@ class DeviceState:
     def note_finite(self) -> None:
         """Somebody has read that the norm of the last step was finite: that much of the records is known."""
         self.last_read = [record._replace(failed=False) for record in self.last_read]
+
+
+def refuse_meta(device: torch.device) -> None:
+    """Refuse to read from a device where nothing has a value.
+
+    Raises:
+        RuntimeError: it is the meta device.
+    """
+    if device.type == "meta":
+        raise RuntimeError(
+            "the parameters are on the meta device, where they and their gradients have no values. Give the model its "
+            "values (to_empty, load_state_dict), then make the optimizer and wrap it: to_empty makes new parameters"
+        )
 
 
 def _is_capturing(values: Tensor) -> bool:

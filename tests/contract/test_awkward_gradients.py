@@ -1,12 +1,14 @@
 """Gradients that are missing, sparse, complex, of several dtypes, shared, empty, huge or tiny, through the wrapper."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from zclip_optim import ZClipOptimizer
+import zclip_optim.gradients
+from zclip_optim import NonFiniteGradientError, ZClipOptimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
 
@@ -116,3 +118,147 @@ def test_gradients_with_a_graph_are_measured_and_scaled_in_place():
     assert optimizer.metrics.grad_norm == pytest.approx(27**0.5)
     assert p.grad.norm().item() == pytest.approx(1.0)
     p.grad = None
+
+
+def jagged(*parts, **options):
+    return torch.nested.nested_tensor(list(parts), layout=torch.jagged, **options)
+
+
+def with_holes():
+    """Two rows of 3 in a buffer for three each; what lies between them is not part of it."""
+    buffer = torch.randn(6, 3)
+    buffer[2] = 1e3
+    offsets, lengths = torch.tensor([0, 3, 6]), torch.tensor([2, 3])
+    return torch.nested.nested_tensor_from_jagged(buffer, offsets=offsets, lengths=lengths)
+
+
+def nested(rows, width):
+    """Of torch's first layout; only backward can give it to a parameter as its gradient."""
+    p = nn.Parameter(torch.nested.nested_tensor([torch.randn(n, width) for n in rows]))
+    (torch.nested.to_padded_tensor(p, 0.0) * torch.randn(len(rows), max(rows), width)).sum().backward()
+    return p
+
+
+LAYOUTS = {
+    "CSR": lambda: torch.randn(6, 8).relu().to_sparse_csr(),
+    "CSC": lambda: torch.randn(6, 8).relu().to_sparse_csc(),
+    "BSR": lambda: torch.randn(6, 8).relu().to_sparse_bsr((2, 2)),
+    "BSC": lambda: torch.randn(6, 8).relu().to_sparse_bsc((2, 2)),
+    "CSR large": lambda: torch.randn(600, 80).relu().to_sparse_csr(),
+    "CSR complex": lambda: torch.randn(6, 8, dtype=torch.complex64).to_sparse_csr(),
+    "nested": lambda: nested([2, 4], 3),
+    "nested large": lambda: nested([20, 40], 300),
+    "jagged": lambda: jagged(torch.randn(2, 3), torch.randn(4, 3)),
+    "jagged large": lambda: jagged(torch.randn(20, 300), torch.randn(40, 300)),
+    "jagged with holes": with_holes,
+    "float8": lambda: torch.randn(50).to(torch.float8_e4m3fn),
+    "float8 large": lambda: torch.randn(5000).to(torch.float8_e5m2),
+    "MKLDNN": lambda: torch.randn(6, 8).to_mkldnn(),
+}
+
+
+def with_gradient(value):
+    """A parameter, which the value may be already, of any layout, and its gradient."""
+    if isinstance(value, nn.Parameter):
+        return value
+    p = nn.Parameter(value.detach().clone())
+    p.grad = value
+    return p
+
+
+def values_of(gradient):
+    if gradient.is_nested:
+        return torch.cat([part.reshape(-1) for part in gradient.unbind()])
+    if gradient.dtype.itemsize == 1:
+        return gradient.float()
+    return gradient.to_dense().reshape(-1)
+
+
+class Moves(torch.optim.SGD):
+    """Steps on any layout, unlike torch's own."""
+
+    def step(self, closure=None):
+        self.stepped = True
+
+
+@pytest.fixture(params=["host", "device"])
+def path(request, monkeypatch):
+    """The path of accelerators too, which runs on CPU tensors as well."""
+    if request.param == "device":
+        monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda tensor: True)
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|CSC|BSR|BSC|nested tensors|NestedTensor).*")
+@pytest.mark.parametrize("beside", [0, 1, 20])
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_gradients_of_any_layout(make, beside, path):
+    torch.manual_seed(0)
+    params = [with_gradient(make()), *(parameter(torch.randn(5)) for _ in range(beside))]
+    before = [values_of(q.grad.clone()) for q in params]
+    norm = sum(v.to(torch.complex128).abs().square().sum().item() for v in before) ** 0.5
+    optimizer = ZClipOptimizer(Moves(params, lr=1.0), max_grad_norm=norm / 4)
+    optimizer.step()
+    assert optimizer.base_optimizer.stepped
+    assert optimizer.metrics.grad_norm == pytest.approx(norm, rel=1e-5)
+    for q, value in zip(params, before, strict=True):
+        rough = 0.1 if q.grad.dtype.itemsize == 1 else 1e-6  # float8 has two or three bits
+        torch.testing.assert_close(values_of(q.grad), value / 4, rtol=rough, atol=rough / 50)
+
+
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|CSC|BSR|BSC|nested tensors|NestedTensor).*")
+def test_nan_in_any_layout_is_named(make, path):
+    p = with_gradient(make())
+    p.grad.copy_(p.grad.float() * math.nan) if p.grad.dtype.itemsize == 1 else p.grad.mul_(math.nan)
+    optimizer = ZClipOptimizer(Moves([("layer.weight", p)], lr=1.0), nonfinite="raise")
+    with pytest.raises(NonFiniteGradientError, match=r"layer\.weight"):
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*Sparse CSR")
+def test_sgd_steps_on_a_csr_parameter_as_when_bare():
+    torch.manual_seed(0)
+    value, gradient = torch.randn(6, 8).relu(), torch.randn(6, 8).relu()
+    bare, ours = (nn.Parameter(value.to_sparse_csr()) for _ in range(2))
+    for p in (bare, ours):
+        p.grad = gradient.to_sparse_csr()
+    torch.optim.SGD([bare], lr=0.1).step()
+    optimizer = ZClipOptimizer(torch.optim.SGD([ours], lr=0.1))
+    optimizer.step()
+    assert torch.equal(ours.to_dense(), bare.to_dense())
+    assert optimizer.metrics.grad_norm == pytest.approx(gradient.norm().item())
+
+
+class Opaque(torch.Tensor):
+    """A tensor subclass that computes nothing, as a quantized one may."""
+
+    @staticmethod
+    def __new__(cls, like):
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, requires_grad=False)
+
+    def __init__(self, like): ...
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return args[0]
+        raise NotImplementedError(f"Opaque does not do {func}")
+
+    def __repr__(self):
+        return "Opaque"
+
+
+def test_what_cannot_be_measured_is_named_and_nothing_has_changed(path):
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4))
+    p.grad, q.grad = torch.ones(3), Opaque(torch.ones(4))
+    for named in (True, False):
+        inner = Moves([("a", p), ("b.weight", q)] if named else [p, q], lr=1.0)
+        optimizer = ZClipOptimizer(inner, max_grad_norm=0.1)
+        where = r"b\.weight" if named else r"param_groups\[0\]\['params'\]\[1\]"
+        with pytest.raises(
+            TypeError, match=rf"gradient of {where} cannot be measured: a Opaque of layout torch.strided"
+        ):
+            optimizer.step()
+        assert torch.equal(p.grad, torch.ones(3))
+        assert optimizer.metrics.step == 0
+        assert not hasattr(inner, "stepped")

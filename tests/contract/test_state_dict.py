@@ -9,7 +9,7 @@ import pytest
 import torch
 from training import make_model, parameters, train
 
-from zclip_optim import ZClipOptimizer
+from zclip_optim import ZClipOptimizer, ZClipWarning
 
 OUTLIERS = (33, 34, 50)
 
@@ -286,3 +286,170 @@ def test_printing_changes_nothing():
     assert "z_thresh=2.5" in text
     assert "lr: " in text
     assert "zclip_" not in text  # in the groups they are as old as the last checkpoint
+
+
+class Container(torch.optim.Optimizer):
+    """One optimizer for each layer, as torchtitan and fastai keep them: its own param groups are in no checkpoint."""
+
+    def __init__(self, model, saved_as):
+        self.parts = [torch.optim.AdamW(layer.parameters(), lr=1e-2) for layer in model if list(layer.parameters())]
+        self.saved_as = saved_as
+        super().__init__(list(model.parameters()), {"lr": 1e-2})
+
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self):
+        saved = [part.state_dict() for part in self.parts]
+        if self.saved_as == "state alone":
+            return {"state": {i: part["state"] for i, part in enumerate(saved)}}
+        return {"optimizers": saved} if self.saved_as == "parts" else {"flat": [str(key) for key in saved[0]]}
+
+    def load_state_dict(self, state_dict):
+        if self.saved_as == "parts":
+            assert state_dict.keys() == {"optimizers"}
+            for part, saved in zip(self.parts, state_dict["optimizers"], strict=True):
+                part.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("saved_as", ["parts", "state alone", "flat"])
+@pytest.mark.parametrize("scope", ["global", "group"])
+def test_a_container_that_saves_nothing_of_its_groups_resumes(saved_as, scope):
+    whole = make_model()
+    reference = ZClipOptimizer(Container(whole, saved_as), scope=scope)
+    train(whole, reference, range(30))
+    saved = through_disk([whole.state_dict(), reference.state_dict()])
+    train(whole, reference, range(30, 60), OUTLIERS)
+    model = make_model()
+    optimizer = ZClipOptimizer(Container(model, saved_as), scope=scope)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert "zclip" in saved[1]  # what is given to load is left as it is
+    assert optimizer.metrics.step == 30
+    train(model, optimizer, range(30, 60), OUTLIERS)
+    assert optimizer.metrics.clipped_steps == reference.metrics.clipped_steps > 0
+    if saved_as == "parts":
+        assert torch.equal(parameters(model), parameters(whole))
+
+
+def test_a_container_whose_groups_are_made_anew_at_every_look():
+    """As fastai's: what is written into them is gone."""
+
+    class Fastai:
+        def __init__(self, model):
+            self.inner = torch.optim.SGD(model.parameters(), lr=0.01)
+            self.state, self.zero_grad, self.step = self.inner.state, self.inner.zero_grad, self.inner.step
+            self.state_dict, self.load_state_dict = self.inner.state_dict, self.inner.load_state_dict
+
+        @property
+        def param_groups(self):
+            return [dict(group) for group in self.inner.param_groups]
+
+    model = make_model()
+    optimizer = ZClipOptimizer(Fastai(model))
+    train(model, optimizer, range(30))
+    other = ZClipOptimizer(Fastai(make_model()))
+    other.load_state_dict(through_disk(optimizer.state_dict()))
+    assert other.metrics.step == 30
+    assert other.metrics.mean == optimizer.metrics.mean
+
+
+def test_parts_that_have_statistics_of_others_do_not_count_for_ours():
+    """The parts were wrapped one by one before; what they carry is as old as that."""
+    model = make_model()
+    container = Container(model, "parts")
+    for part in container.parts:
+        single = ZClipOptimizer(part)
+        train(model, single, range(7))
+    optimizer = ZClipOptimizer(container)
+    train(model, optimizer, range(30))
+    other = ZClipOptimizer(Container(make_model(), "parts"))
+    other.load_state_dict(optimizer.state_dict())
+    assert other.metrics.step == 30
+
+
+def test_an_ordinary_state_dict_has_no_entry_of_ours():
+    model = make_model()
+    optimizer = ZClipOptimizer(adamw(model), scope="group")
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    assert optimizer.state_dict().keys() == {"state", "param_groups"}
+    train(model, optimizer, range(2))
+    assert optimizer.state_dict().keys() == {"state", "param_groups"}
+
+
+@pytest.mark.parametrize("entry", [None, 3, [], {}, {"groups": 1}, {"groups": [{}]}, {"groups": [{"zclip_step": 1}]}])
+def test_a_malformed_entry_is_refused_and_changes_nothing(entry):
+    model = make_model()
+    optimizer = ZClipOptimizer(Container(model, "parts"))
+    train(model, optimizer, range(30))
+    saved = {**optimizer.state_dict(), "zclip": entry}
+    before = repr(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"zclip|list of dicts|what ZClip"):
+        optimizer.load_state_dict(saved)
+    assert repr(optimizer.state_dict()) == before
+
+
+def test_a_state_dict_that_is_a_list_is_warned_of():
+    class Listing(torch.optim.SGD):
+        def state_dict(self):
+            return [torch.ones(3)]
+
+        def load_state_dict(self, state_dict):
+            pass
+
+    optimizer = ZClipOptimizer(Listing(make_model().parameters(), lr=0.1))
+    with pytest.warns(ZClipWarning, match=r"statistics are not saved: the state_dict\(\) of Listing"):
+        saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+
+
+class TestStaleKeys:
+    """Statistics in the groups of an optimizer that is being wrapped are no checkpoint, unless they are whole."""
+
+    def trained(self):
+        model = make_model()
+        optimizer = ZClipOptimizer(adamw(model))
+        train(model, optimizer, range(30))
+        return model, optimizer
+
+    def wrap(self, inner, match):
+        with pytest.warns(ZClipWarning, match=f"start afresh: .*{match}.* load_state_dict restores") as caught:
+            optimizer = ZClipOptimizer(inner)
+        assert len(caught) == 1
+        assert optimizer.metrics.step == 0
+        assert {group["zclip_step"] for group in optimizer.param_groups} == {0}
+        return optimizer
+
+    def test_a_group_that_was_added_after_a_wrapped_checkpoint_was_loaded(self):
+        _, first = self.trained()
+        inner = adamw(make_model())
+        inner.load_state_dict(first.state_dict())
+        inner.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+        optimizer = self.wrap(inner, r"param_groups\[1\] has no zclip_version")
+        saved = copy.deepcopy(first.state_dict())
+        saved["param_groups"].append({**saved["param_groups"][0], "params": [4]})
+        optimizer.load_state_dict(saved)
+        assert optimizer.metrics.step == 30
+
+    def test_old_copies_of_groups_that_a_trainer_put_back(self):
+        model = make_model()
+        groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+        first = ZClipOptimizer(torch.optim.AdamW(groups, lr=1e-2))
+        train(model, first, range(5))
+        first.state_dict()
+        old = dict(first.param_groups[1])
+        train(model, first, range(5, 30))
+        first.state_dict()
+        first.base_optimizer.param_groups[1] = old
+        optimizer = self.wrap(first.base_optimizer, r"zclip_mean in saved param_groups\[1\]")
+        train(model, optimizer, range(3))
+        assert optimizer.metrics.step == 3
+
+    @pytest.mark.parametrize(("key", "value"), [("zclip_version", 99), ("zclip_var", -1.0), ("zclip_scope", "group")])
+    def test_values_that_make_no_sense_here(self, key, value):
+        _, first = self.trained()
+        first.state_dict()
+        inner = first.base_optimizer
+        inner.param_groups[0][key] = value
+        self.wrap(inner, key)

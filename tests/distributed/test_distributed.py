@@ -536,3 +536,61 @@ def check_that_only_one_rank_reads(rank):
 
 def test_reading_metrics_on_one_rank_makes_no_other_wait(two):
     two.run(check_that_only_one_rank_reads)
+
+
+def check_that_gradients_elsewhere_are_gradients(rank, on_device):
+    p = nn.Parameter(torch.ones(4))
+    optimizer = ZClipOptimizer(torch.optim.AdamW([p], fused=True), process_group=dist.group.WORLD)
+    with pytest.MonkeyPatch.context() as patch:
+        if on_device:
+            patch.setattr(zclip_optim.gradients, "stays_on_device", lambda tensor: True)
+        for step in range(60):  # warnings are errors here
+            p.grad = torch.full((4,), 1.0 + step % 3) if rank == 1 else None
+            optimizer.step()
+        assert optimizer.metrics.step == 60
+        p.grad = None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(20):
+                optimizer.step()
+            assert len(caught) == (not on_device)  # there the norm over ranks is known when it is read
+            for _ in range(2):
+                optimizer.state_dict()
+        assert ["had a gradient at the last" in str(warning.message) for warning in caught] == [True]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_rank_without_gradients_beside_one_that_has_some_is_none_without(two, on_device):
+    two.run(check_that_gradients_elsewhere_are_gradients, on_device)
+
+
+def check_replaced_parameters_of_fsdp2(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(nn.Linear(4, 4))
+    optimizer = ZClipOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    model.weight = nn.Parameter(model.weight.detach())
+    model.bias = nn.Parameter(model.bias.detach())
+    with pytest.warns(ZClipWarning, match="had a gradient at the last 20 steps"):
+        for _ in range(20):
+            optimizer.step()
+
+
+def test_parameters_replaced_under_fsdp2_are_warned_of_on_every_rank(two):
+    two.run(check_replaced_parameters_of_fsdp2)
+
+
+def check_layouts_on_ranks(rank):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "in beta state"
+        p = nn.Parameter(torch.ones(4, 4).to_sparse_csr())
+        p.grad = torch.full((4, 4), 3.0).to_sparse_csr()
+    q = nn.Parameter(torch.ones(4))
+    q.grad = torch.ones(4)
+    optimizer = ZClipOptimizer(torch.optim.SGD([p, q], lr=0.0), process_group=dist.group.WORLD)
+    optimizer.step()
+    assert optimizer.metrics.grad_norm == pytest.approx((2 * (16 * 9 + 4)) ** 0.5)
+
+
+def test_layouts_count_over_ranks(two):
+    two.run(check_layouts_on_ranks)

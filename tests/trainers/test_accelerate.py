@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from training import make_batch, make_model, parameters, train_accumulating
 
-from zclip_optim import ZClipOptimizer
+from zclip_optim import ZClipOptimizer, ZClipWarning
 
 OPTIONS = {"warmup_steps": 8, "z_thresh": 2.0}
 STEPS, OUTLIERS = 40, (18, 19, 26, 27, 33)
@@ -135,3 +135,26 @@ def test_zero_grad_takes_set_to_none(set_to_none):
     optimizer.zero_grad(set_to_none=set_to_none)
     assert all((p.grad is None) == set_to_none for p in model.parameters())
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_wrapping_what_prepare_returned_is_refused(accumulate):
+    """Its step() does nothing while gradients accumulate: 8 steps would be counted for 2."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    model = nn.Linear(4, 1)
+    model, inner = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    with pytest.raises(TypeError, match=r"Wrap first, then prepare: accelerator\.prepare\(model, ZClipOptimizer"):
+        ZClipOptimizer(inner)
+    assert not any(key.startswith("zclip_") for key in inner.param_groups[0])
+
+
+def test_parameters_that_were_replaced_are_warned_of():
+    accelerator, model, optimizer, _ = accelerated({})
+    for layer in (model[0], model[2]):
+        layer.weight, layer.bias = nn.Parameter(layer.weight.detach()), nn.Parameter(layer.bias.detach())
+    with pytest.warns(ZClipWarning, match="no parameter of this optimizer had a gradient") as caught:
+        for x, y in batches()[:30]:
+            accelerator.backward(nn.functional.mse_loss(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(caught) == 1

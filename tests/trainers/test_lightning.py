@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader
 from training import make_batch, make_model, parameters, train_accumulating
@@ -420,3 +421,55 @@ class TestFabric:
         assert not torch.equal(parameters(model), training)
         optimizer.train()
         torch.testing.assert_close(parameters(model), training)
+
+    @pytest.mark.parametrize("scaled", [False, True])
+    def test_wrapping_what_setup_returned_is_refused(self, scaled):
+        """Under a scaler the norm would be that of scaled gradients: 58217 for 1.78."""
+        plugin = lightning.fabric.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+        fabric = lightning.Fabric(accelerator="cpu", devices=1, plugins=[plugin] if scaled else [])
+        model = make_model()
+        model, optimizer = fabric.setup(model, adamw(model.parameters()))
+        with pytest.raises(TypeError, match=r"Wrap first, then prepare: fabric\.setup\(model, ZClipOptimizer"):
+            ZClipOptimizer(optimizer)
+
+
+class TestWarnings:
+    def test_wrapping_what_the_trainer_has_wrapped_is_refused(self):
+        class Wraps(TwoOptimizers):
+            def training_step(self, batch, batch_idx):
+                with pytest.raises(TypeError, match=r"from configure_optimizers, or use .*ZClipCallback"):
+                    ZClipOptimizer(self.optimizers()[0])
+                self.wrapped = True
+
+        module = Wraps()
+        fit(module, [], batches(1))
+        assert module.wrapped
+
+    @pytest.mark.parametrize("logger", [False, True])
+    def test_parameters_that_were_replaced_are_warned_of(self, logger):
+        class Replaces(Module):
+            def on_train_start(self):
+                for layer in (self.net[0], self.net[2]):
+                    layer.weight = nn.Parameter(layer.weight.detach())
+                    layer.bias = nn.Parameter(layer.bias.detach())
+
+        with pytest.warns(ZClipWarning, match="no parameter of this optimizer had a gradient at the last 20") as caught:
+            fit(Replaces(), [ZClipCallback(**OPTIONS)], logger=MemoryLogger() if logger else False)
+        assert len([warning for warning in caught if warning.category is ZClipWarning]) == 1
+
+    def test_a_learning_rate_finder_uses_up_no_warning(self, tmp_path):
+        """It trains, then loads what it had saved."""
+
+        class Equal(Module):
+            def training_step(self, batch, batch_idx):
+                return self.net[2].bias.sum()  # a gradient of 1, whatever happens
+
+        module = Equal(lambda params: torch.optim.SGD(params, lr=1e-2), ZClipOptimizer)
+        module.lr = 1e-2
+        data = DataLoader(batches(), batch_size=None)
+        off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+        trainer = Trainer(accelerator="cpu", max_epochs=1, log_every_n_steps=1, default_root_dir=tmp_path, **off)
+        with pytest.warns(ZClipWarning, match="clipped before they got here"):
+            Tuner(trainer).lr_find(module, data, num_training=30, early_stop_threshold=None)
+        with pytest.warns(ZClipWarning, match="clipped before they got here"):
+            trainer.fit(module, data)

@@ -201,3 +201,49 @@ def test_bf16(tmp_path):
     trainer = train(tmp_path, bf16=True)
     assert zclip(trainer).metrics.step == STEPS
     assert zclip(trainer).metrics.clipped_steps == zclip(train(tmp_path)).metrics.clipped_steps > 0
+
+
+class Clipped(ZClipOptimizer):
+    """What to pass to a Trainer that asks for a class."""
+
+    def __init__(self, params, **options):
+        super().__init__(torch.optim.AdamW(params, **options), **OPTIONS)
+
+
+def make_from_class(path, cls):
+    arguments = TrainingArguments(
+        str(path),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    options = {"lr": 1e-2, "weight_decay": 0.0}
+    return Trainer(make_model(), arguments, train_dataset=Tokens(), optimizer_cls_and_kwargs=(cls, options))
+
+
+def test_a_subclass_takes_the_arguments_of_the_optimizer(tmp_path):
+    trainer = make_from_class(tmp_path, Clipped)
+    trainer.train()
+    assert zclip(trainer).metrics.step == STEPS
+    assert zclip(trainer).param_groups[0]["initial_lr"] == 1e-2
+
+
+def test_our_class_with_such_arguments_says_what_to_pass(tmp_path):
+    with pytest.raises(TypeError, match=r"'lr'.*\n\n    class ClippedAdamW\(ZClipOptimizer\)"):
+        make_from_class(tmp_path, ZClipOptimizer).train()
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_parameters_that_were_replaced_are_warned_of(attach, tmp_path):
+    trainer = make_trainer(tmp_path, attach=attach, max_steps=30)
+    for module in trainer.model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(p.detach()))
+    with pytest.warns(ZClipWarning, match="no parameter of this optimizer had a gradient at the last 20") as caught:
+        trainer.train()
+    assert len(caught) == 1
+    assert not any(key.startswith("zclip") for row in trainer.state.log_history for key in row)

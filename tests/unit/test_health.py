@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from training import set_gradients
 
-from zclip_optim import ZClip, ZClipWarning
+from zclip_optim import ZClip, ZClipOptimizer, ZClipWarning
 
 
 def messages(norms, clipper=None, **options):
@@ -123,3 +123,99 @@ def test_a_resumed_run_does_not_judge_a_window_that_it_did_not_see():
     messages(noise(150), first)
     second.load_state_dict(first.state_dict())
     assert messages([norm * (10.0 if i % 2 else 1.0) for i, norm in enumerate(noise(60))], second) == []
+
+
+class TestNoGradients:
+    """What people do to a model after its optimizer was made."""
+
+    def make(self, **options):
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+        return model, ZClipOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), **options)
+
+    def run(self, model, optimizer, steps, then=lambda: None):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for i in range(steps):
+                optimizer.zero_grad()
+                model(torch.full((1, 3), 1.0 + 0.1 * (i % 3))).square().sum().backward()
+                then()
+                optimizer.step()
+        return [str(warning.message) for warning in caught]
+
+    def replaced(self, model):
+        for layer in model:
+            layer.weight, layer.bias = nn.Parameter(layer.weight.detach()), nn.Parameter(layer.bias.detach())
+
+    def emptied(self, model):
+        model.to("meta").to_empty(device="cpu")
+        torch.nn.init.ones_(model[0].weight)
+
+    def grown(self, model):
+        model[0], model[1] = nn.Linear(3, 8), nn.Linear(8, 1)
+
+    def frozen(self, model):
+        model.requires_grad_(False)
+        model.append(nn.Linear(1, 1))  # an adapter
+
+    @pytest.mark.parametrize("how", ["replaced", "emptied", "grown", "frozen"])
+    def test_parameters_that_are_not_trained_any_more(self, how):
+        model, optimizer = self.make()
+        self.run(model, optimizer, 5)
+        optimizer.zero_grad()
+        getattr(self, how)(model)
+        assert self.run(model, optimizer, 19) == []
+        (message,) = self.run(model, optimizer, 1000)
+        assert "no parameter of this optimizer had a gradient at the last 20 steps" in message
+        for cause in ("PEFT", "to_empty", "LOMO", "None before step()", "make and wrap it after that"):
+            assert cause in message
+
+    def test_gradients_that_are_used_up_within_backward(self):
+        model, optimizer = self.make()
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        (message,) = self.run(model, optimizer, 30)
+        assert "at the last 20 steps" in message
+
+    def test_a_single_gradient_is_enough_and_starts_the_count_again(self):
+        model, optimizer = self.make()
+        for _ in range(3):
+            assert self.run(model, optimizer, 19, optimizer.zero_grad) == []
+            assert self.run(model, optimizer, 1, lambda: setattr(model[0].weight, "grad", None)) == []
+
+    def test_gradients_of_zero_are_gradients(self):
+        model, optimizer = self.make()
+        assert self.run(model, optimizer, 50, lambda: optimizer.zero_grad(set_to_none=False)) == []
+
+    def test_each_evaluation_of_a_closure_is_not_a_step(self):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = ZClipOptimizer(torch.optim.LBFGS([p], max_iter=30))
+        optimizer.step(lambda: p.sum())
+        assert optimizer.clipper.health.missing == 1
+
+    def test_it_is_in_no_checkpoint(self):
+        model, optimizer = self.make()
+        self.run(model, optimizer, 15, optimizer.zero_grad)
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert self.run(model, optimizer, 15, optimizer.zero_grad) == []
+        assert len(self.run(model, optimizer, 5, optimizer.zero_grad)) == 1
+
+    def test_the_engine_alone_says_it_too(self):
+        clipper, p = ZClip(), nn.Parameter(torch.ones(3))
+        with pytest.warns(ZClipWarning, match="no parameter of this optimizer had a gradient"):
+            for _ in range(20):
+                clipper.step([p])
+
+
+@pytest.mark.parametrize("restart", ["load_state_dict", "of the engine"])
+def test_another_run_begins_with_a_load_and_every_warning_can_come_again(restart):
+    """As after an LR finder, which trains, then puts everything back."""
+    clipper, p = ZClip(patience=25), nn.Parameter(torch.zeros(30))
+    optimizer = ZClipOptimizer(torch.optim.SGD([p], lr=0.0), patience=25)
+    clipper = optimizer.clipper
+    holder = optimizer if restart == "load_state_dict" else clipper
+    before = holder.state_dict()
+    run = noise(60) + noise(50, level=40.0)
+    assert len([m for m in messages(run, clipper) if "spikes in a row" in m]) == 1
+    holder.load_state_dict(before)
+    assert len([m for m in messages(run, clipper) if "spikes in a row" in m]) == 1
+    assert [m for m in messages(noise(120, level=900.0), clipper) if "spikes in a row" in m] == []

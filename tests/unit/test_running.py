@@ -788,3 +788,15 @@ class TestMemory:
 def size_of(value):
     """Bytes of tuples and lists of numbers, shared ones counted every time."""
     return sys.getsizeof(value) + (sum(map(size_of, value)) if isinstance(value, list | tuple) else 0)
+
+
+@pytest.mark.parametrize("make_base", SKIPS_IN_THE_KERNEL.values(), ids=SKIPS_IN_THE_KERNEL.keys())
+def test_that_no_parameter_has_a_gradient_is_known_without_a_read(make_base, on_device):
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = ZClipOptimizer(make_base([p]))
+    with CountReads() as mode:
+        for _ in range(19):
+            optimizer.step()
+        with pytest.warns(ZClipWarning, match="no parameter of this optimizer had a gradient at the last 20 steps"):
+            optimizer.step()
+    assert mode.reads == 0
