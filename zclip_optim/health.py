@@ -14,7 +14,14 @@ from zclip_optim.state import StepRecord
 WINDOW = 200  # steps
 HIGH_CLIP_RATE = 0.2
 NO_SPREAD = 1e-5  # relative; below it norms are equal but for rounding
+NOTHING = math.ulp(0.0)  # smaller than any norm but 0
+EQUAL_SHARE = 0.2  # of the norms of a window, which are equal to the largest one
 WITHOUT_GRADIENTS = 20  # steps in a row
+CLIPPED_BEFORE = "clipped before"
+HIDDEN = (
+    "were clipped before they got here, which hides every spike. Turn that clipping off (a trainer's max_grad_norm or "
+    "gradient_clip_val, clip_grad_norm_ in a loop)"
+)
 
 
 class ZClipWarning(UserWarning):
@@ -46,6 +53,8 @@ class Health:
         self._seen = records
         self._window_starts = [record.decision.stats for record in records]
         self._next_check = [self._next_step_to_check(i, stats) for i, stats in enumerate(self._window_starts)]
+        self._largest = [NOTHING] * len(records)  # norm of the window, but for rounding
+        self._as_large = [0] * len(records)  # norms equal to it
 
     def check(self, records: Sequence[StepRecord]) -> None:
         """Warn if what has happened since the records that were checked before gives reason to."""
@@ -53,11 +62,20 @@ class Health:
             return
         for scope, record in enumerate(records):
             new = record.decision.stats
+            if record.norm >= self._largest[scope]:
+                self._count_largest(scope, record.norm)
             if new.step >= self._next_check[scope] or new.streak > self._patience:
                 self._check_scope(scope, self._seen[scope].decision.stats, new)
         if records[0].failed:
             self._check_nonfinite(records[0].nonfinite_streak)
         self._seen = records
+
+    def _count_largest(self, scope: int, norm: float) -> None:
+        if norm == math.inf:
+            return
+        if norm * (1 - NO_SPREAD) > self._largest[scope] * (1 + NO_SPREAD):
+            self._largest[scope], self._as_large[scope] = norm * (1 - NO_SPREAD), 0
+        self._as_large[scope] += 1
 
     def _check_scope(self, scope: int, old: NormStats, new: NormStats) -> None:
         if old.step < self._warmup <= new.step:
@@ -103,10 +121,9 @@ class Health:
     def _check_warm_up(self, scope: int, new: NormStats) -> None:
         if self._warmup > 1 and new.var**0.5 <= NO_SPREAD * new.mean:
             self.warn(
-                "warm-up",
+                CLIPPED_BEFORE,
                 f"all {self._warmup} gradient norms of the warm-up{self._where(scope)} were {new.mean:.4g}: probably "
-                "they were clipped before they got here, which hides every spike. Turn that clipping off (a trainer's "
-                "max_grad_norm or gradient_clip_val, clip_grad_norm_ in a loop)",
+                f"they {HIDDEN}",
             )
 
     def _warn_of_regime(self, scope: int, new: NormStats) -> None:
@@ -117,10 +134,22 @@ class Health:
             "steps, and gradients are still clipped. If the run is diverging, lower the learning rate",
         )
 
+    def _check_largest(self, scope: int, steps: int) -> None:
+        """At the end of a window, whether a maximum was held."""
+        largest, self._largest[scope] = self._largest[scope] / (1 - NO_SPREAD), NOTHING
+        equal, self._as_large[scope] = self._as_large[scope], 0
+        if equal > EQUAL_SHARE * steps:
+            self.warn(
+                CLIPPED_BEFORE,
+                f"{equal} of the last {steps} gradient norms{self._where(scope)} were {largest:.4g}, and none was "
+                f"larger: probably they {HIDDEN}",
+            )
+
     def _check_clip_rate(self, scope: int, new: NormStats) -> None:
         """At the end of a window, where the next one starts."""
         start, self._window_starts[scope] = self._window_starts[scope], new
         steps, clipped = new.step - start.step, new.clipped_steps - start.clipped_steps
+        self._check_largest(scope, steps)
         if clipped > HIGH_CLIP_RATE * steps:
             self.warn(
                 "clip rate",

@@ -1,5 +1,6 @@
 """Warnings: each failure that people meet, once per run, with its numbers and the argument to change."""
 
+import math
 import random
 import warnings
 
@@ -219,3 +220,32 @@ def test_another_run_begins_with_a_load_and_every_warning_can_come_again(restart
     holder.load_state_dict(before)
     assert len([m for m in messages(run, clipper) if "spikes in a row" in m]) == 1
     assert [m for m in messages(noise(120, level=900.0), clipper) if "spikes in a row" in m] == []
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_clipping_in_front_that_binds_now_and_then_is_noticed(share):
+    """Most people clip at 1.0 without a second thought; then no norm is ever larger, and no spike is seen."""
+    norms = sorted(noise(400, spread=0.3, level=3.0))
+    maximum = norms[int((1 - share) * len(norms))]
+    p, clipper = nn.Parameter(torch.zeros(30)), ZClip()
+    rng = random.Random(1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for norm in rng.sample(norms, len(norms)):
+            set_gradients([p], norm)
+            torch.nn.utils.clip_grad_norm_([p], maximum)
+            clipper.step([p])
+    (message,) = [str(warning.message) for warning in caught]
+    assert f"of the last 200 gradient norms were {maximum:.4g}, and none was larger: probably they were" in message
+    assert "clipped before they got here" in message
+
+
+def test_a_norm_that_is_often_the_same_but_not_the_largest_is_none():
+    norms = noise(800, spread=0.2)
+    norms[::2] = [1.0] * 400
+    assert messages(norms) == []
+
+
+def test_without_norms_there_is_nothing_to_be_equal():
+    assert messages([1.0, 1.1, *[0.0] * 500, *noise(300)]) == []
+    assert messages([*noise(100), *[math.inf, math.nan] * 150, *noise(300)], nonfinite="pass") == []
