@@ -5,6 +5,7 @@ import pytest
 import schedulefree
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
@@ -456,6 +457,52 @@ class TestWarnings:
         with pytest.warns(ZClipWarning, match="no parameter of this optimizer had a gradient at the last 20") as caught:
             fit(Replaces(), [ZClipCallback(**OPTIONS)], logger=MemoryLogger() if logger else False)
         assert len([warning for warning in caught if warning.category is ZClipWarning]) == 1
+
+    def test_a_module_that_steps_an_optimizer_of_its_own_is_warned_of(self):
+        class Own(TwoOptimizers):
+            def training_step(self, batch, batch_idx):
+                self.own.zero_grad()
+                self.manual_backward(nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+                self.own.step()
+
+            def configure_optimizers(self):
+                self.own = adamw(self.net.parameters())
+                return self.own
+
+        with pytest.warns(ZClipWarning, match=r"optimizer 0 of the trainer has not stepped at all.* self\.optimizers"):
+            fit(Own(), [ZClipCallback()])
+        fit(Own(), [ZClipCallback()], batches(5))
+
+    @pytest.mark.filterwarnings("ignore:.*this fit will run with no optimizer")
+    def test_a_module_without_an_optimizer_is_left_alone(self):
+        class NoOptimizer(Module):
+            def configure_optimizers(self):
+                return None
+
+        trainer = fit(NoOptimizer(), [ZClipCallback()])
+        assert not isinstance(trainer.optimizers[0], ZClipOptimizer)
+
+    @pytest.mark.filterwarnings("ignore:the statistics start afresh:zclip_optim.ZClipWarning")  # until they are loaded
+    def test_finetuning_adds_groups_and_resumes(self, tmp_path):
+        """When it resumes, it puts back copies of param groups that are older than the checkpoint."""
+
+        class Unfreezes(BaseFinetuning):
+            def freeze_before_training(self, pl_module):
+                self.freeze(pl_module.net[0])
+
+            def finetune_function(self, pl_module, epoch, optimizer):
+                if epoch == 1:
+                    self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+
+        def make():
+            return Module(lambda params: adamw([p for p in params if p.requires_grad]))
+
+        for callbacks in (lambda: [Unfreezes(), ZClipCallback()], lambda: [ZClipCallback(), Unfreezes()]):
+            trainer = fit(make(), callbacks(), max_epochs=2)
+            trainer.save_checkpoint(tmp_path / "last.ckpt")
+            assert len(trainer.optimizers[0].param_groups) == 2
+            resumed = fit(make(), callbacks(), max_epochs=3, ckpt_path=tmp_path / "last.ckpt")
+            assert resumed.optimizers[0].metrics.step == 3 * STEPS
 
     def test_a_learning_rate_finder_uses_up_no_warning(self, tmp_path):
         """It trains, then loads what it had saved."""

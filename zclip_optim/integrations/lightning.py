@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 from zclip_optim.algorithm import ZClipConfig
-from zclip_optim.health import ZClipWarning
+from zclip_optim.health import WITHOUT_GRADIENTS, ZClipWarning
 from zclip_optim.integrations import metrics_to_log, missing_extra
 from zclip_optim.optimizer import ZClipOptimizer
 
@@ -37,7 +37,8 @@ class ZClipCallback(Callback):
             optimizer in `configure_optimizers`.
 
     Warns:
-        ZClipWarning: the trainer has a `gradient_clip_val`, which clips first and hides every spike.
+        ZClipWarning: the trainer has a `gradient_clip_val`, which clips first and hides every spike. Or, at the end, an
+            optimizer has not been asked to step.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -58,7 +59,7 @@ class ZClipCallback(Callback):
                 stacklevel=2,
             )
         trainer.optimizers = [
-            optimizer if isinstance(optimizer, ZClipOptimizer) else ZClipOptimizer(optimizer, **self.options)
+            ZClipOptimizer(optimizer, **self.options) if _is_to_be_wrapped(optimizer) else optimizer
             for optimizer in trainer.optimizers
         ]
 
@@ -68,10 +69,32 @@ class ZClipCallback(Callback):
         """Log, if Lightning hands its metrics to the loggers after this batch."""
         if not _logs_after_this_batch(trainer, pl_module):
             return
-        optimizers = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, ZClipOptimizer)]
+        optimizers = _zclips(trainer)
         for i, optimizer in enumerate(optimizers):
             prefix = "zclip/" if len(optimizers) == 1 else f"zclip/{i}/"
             pl_module.log_dict(metrics_to_log(optimizer, prefix), on_step=True, on_epoch=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of optimizers that were never asked to step."""
+        if trainer.fit_loop.total_batch_idx + 1 < WITHOUT_GRADIENTS:
+            return
+        idle = [str(i) for i, optimizer in enumerate(_zclips(trainer)) if not optimizer._has_stepped]
+        if idle:
+            warnings.warn(
+                f"optimizer {', '.join(idle)} of the trainer has not stepped at all, so nothing was clipped: a module "
+                "that steps by itself must take its optimizers from self.optimizers(), not from a place of its own",
+                ZClipWarning,
+                stacklevel=2,
+            )
+
+
+def _is_to_be_wrapped(optimizer: Any) -> bool:
+    """Not if it is already, or what Lightning has where `configure_optimizers` returned none."""
+    return not isinstance(optimizer, ZClipOptimizer) and type(optimizer).__name__ != "_MockOptimizer"
+
+
+def _zclips(trainer: Trainer) -> list[ZClipOptimizer]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, ZClipOptimizer)]
 
 
 def _logs_after_this_batch(trainer: Trainer, pl_module: LightningModule) -> bool:
