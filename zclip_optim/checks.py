@@ -66,6 +66,12 @@ FOREIGN = (
         f"{FIRST}booster.boost(model, ZClipOptimizer(optimizer))",
     ),
     Foreign(
+        "LayerWiseDummyOptimizer",
+        ("transformers",),
+        "the Trainer's for layer-wise updates, which are made within backward and not in its step()",
+        "Choose an optim that is not layer-wise",
+    ),
+    Foreign(
         "CPUOffloadOptimizer",
         ("torchao",),
         "torchao's, which copies the gradients to the host while backward runs and waits for them only in its step()",
@@ -134,7 +140,7 @@ def _why_not(optimizer: Any, wrapper: type) -> str | None:
     bases = type(optimizer).__mro__
     for foreign in FOREIGN:
         if any(cls.__name__ == foreign.name and _package(cls) in foreign.packages for cls in bases):
-            return f"{foreign.what}, so that their norm cannot be measured before. {foreign.instead}"
+            return f"{foreign.what}, so that the norm of the gradients cannot be measured before. {foreign.instead}"
     if isinstance(optimizer, wrapper):
         return "a ZClipOptimizer already; wrapping it again would clip twice"
     if hasattr(type(optimizer), "skip_synchronize"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zclip_optim.algorithm import NormStats, Scalar, ZClipConfig
 from zclip_optim.distributed import ProcessGroups, as_groups, as_param_groups, gradients_of
 from zclip_optim.fused import Kernels
-from zclip_optim.gradients import Gradients, ParamGroups
+from zclip_optim.gradients import Gradients, ParamGroups, refuse_unmeasurable
 from zclip_optim.health import Health
 from zclip_optim.metrics import ClipMetrics, combine
 from zclip_optim.running import DeviceState, HostState, Verdict, refuse_meta
@@ -99,6 +99,7 @@ class ZClip:
 
         Raises:
             NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
+            TypeError: a gradient cannot be measured; names the parameter. Nothing has changed then.
         """
         if torch.compiler.is_compiling():  # else it would be compiled anew for every value of its floats
             return bool(torch.compiler.disable(self._clip)(param_groups, new_step, kernels))  # type: ignore[no-untyped-call]
@@ -106,8 +107,12 @@ class ZClip:
 
     def _clip(self, param_groups: ParamGroups, new_step: bool, kernels: Kernels | None) -> bool:
         gradients = gradients_of(param_groups, self.config.scope, self.process_groups)
-        norms = gradients.norms()
-        if new_step and (self.health.missing or not gradients.any_here()):
+        try:
+            norms = gradients.norms()
+        except (RuntimeError, TypeError) as error:
+            refuse_unmeasurable(param_groups, error)
+            raise
+        if (self.health.missing or not any(gradients.local)) and new_step:
             self.health.count_missing(gradients.are_missing(norms))
         state = self._state_for(gradients.device, len(norms))
         verdict = state.step(norms, self.config, new_step)

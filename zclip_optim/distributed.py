@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
 from zclip_optim.algorithm import Scalar
 from zclip_optim.gradients import Gradients, ParamGroups, local_tensor
@@ -90,12 +91,16 @@ class ShardedGradients(Gradients):
 
     def __init__(self, param_groups: ParamGroups, scope: str, process_groups: Groups | None) -> None:
         super().__init__(param_groups, scope)
-        self._local = [[local_tensor(gradient) for gradient in gradients] for gradients in self._local]
+        self.local = [[local_tensor(gradient) for gradient in gradients] for gradients in self.local]
         self._process_groups = process_groups
         self._reduced: Reduced = ()
 
-    def _measured(self) -> Any:
-        """The L2 norm of each scope over all ranks, the same bits on each of them; see `split_gradients` for errors."""
+    def norms(self) -> Any:
+        """The L2 norm of each scope over all ranks, the same bits on each of them.
+
+        Raises:
+            ValueError: see `split_gradients`.
+        """
         squares: defaultdict[tuple[int, Groups], Scalar] = defaultdict(float)
         for i, groups in enumerate(self.scopes):
             for part in split_gradients(groups, self._process_groups):
@@ -110,8 +115,8 @@ class ShardedGradients(Gradients):
 
     def are_missing(self, norms: Any) -> bool | None:
         """The same; None if none has one here and only the device knows of the others."""
-        if self.any_here() or not self._reduced:
-            return not self.any_here()
+        if any(self.local) or not self._reduced:
+            return not any(self.local)
         return not any(norms) if self.device is None else None
 
     def describe_nonfinite(self, *, ask_others: bool) -> str:
@@ -343,8 +348,25 @@ def refuse_foreign_gradients(base_optimizer: object, params: Iterable[Tensor]) -
 
 
 def most_dimensions(params: Iterable[Tensor]) -> int:
-    """The dimensions of the parameter that has the most."""
-    return max((p.dim() for p in params), default=0)
+    """The dimensions of the parameter that has the most; 0 for those of lazy modules, which have none yet."""
+    return max((0 if is_lazy(p) else p.dim() for p in params), default=0)
+
+
+def refuse_a_part_of_the_parameters(groups: Groups | None) -> None:
+    """Refuse to be made by an optimizer that gives each rank a part of the parameters: the norm would be of that part.
+
+    Raises:
+        ValueError: ZeroRedundancyOptimizer is making it, and no process group was given.
+    """
+    frame = sys._getframe(1) if groups is None and in_use() else None
+    while frame is not None:
+        if type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
+            raise ValueError(
+                "ZeroRedundancyOptimizer gives each rank some of the parameters, and the norm would be that of these: "
+                "put it inside, ZClipOptimizer(ZeroRedundancyOptimizer(parameters, optimizer_class, ...)), or pass "
+                "process_group, the group over which it shards"
+            )
+        frame = frame.f_back
 
 
 def refuse_flat_shards(params: Iterable[Tensor], dimensions: int | None) -> None:

@@ -30,48 +30,34 @@ class Gradients:
     Attributes:
         device: the accelerator that a step stays on, that of the first parameter; None for the CPU.
         scopes: the param groups that have a norm together.
+        local: the gradients of each scope, or what this process has of them.
     """
 
     def __init__(self, param_groups: ParamGroups, scope: str) -> None:
         self.param_groups, self.device = param_groups, _accelerator(param_groups)
         self.scopes = [param_groups] if scope == "global" else [[group] for group in param_groups]
-        self._local = [collect_gradients(groups) for groups in self.scopes]
+        self.local = [collect_gradients(groups) for groups in self.scopes]
 
     def norms(self) -> Any:
-        """The L2 norm of each scope: a list of numbers, or a tensor on the accelerator with an element for each.
-
-        Raises:
-            TypeError: a gradient cannot be measured; names the parameter.
-        """
-        try:
-            return self._measured()
-        except (RuntimeError, TypeError) as error:
-            refuse_unmeasurable(self.param_groups, error)
-            raise
-
-    def _measured(self) -> Any:
+        """The L2 norm of each scope: a list of numbers, or a tensor on the accelerator with an element for each."""
         if self.device is None:
-            return [gradient_norm(gradients) for gradients in self._local]
-        return torch.stack([device_norm(gradients, self.device) for gradients in self._local])
-
-    def any_here(self) -> bool:
-        """Whether some parameter has a gradient in this process."""
-        return any(self._local)
+            return [gradient_norm(gradients) for gradients in self.local]
+        return torch.stack([device_norm(gradients, self.device) for gradients in self.local])
 
     def are_missing(self, norms: Any) -> bool | None:
         """Whether no parameter has a gradient, on any rank; `norms` is what `norms()` returned."""
-        return not self.any_here()
+        return not any(self.local)
 
     def scale_(self, coefs: Iterable[Scalar]) -> None:
         """Multiply the gradients by the coefficient of their scope, in place."""
-        for gradients, coef in zip(self._local, coefs, strict=True):
+        for gradients, coef in zip(self.local, coefs, strict=True):
             if isinstance(coef, Tensor) or coef != 1:
                 scale_gradients_(gradients, coef)
 
     def can_be_scaled_one_by_one(self) -> bool:
         """Whether there is one scope and no gradient belongs to two parameters, which a kernel would scale twice."""
         held = sum([p.grad is not None for group in self.param_groups for p in group["params"]])
-        return len(self._local) == 1 and len(self._local[0]) == held
+        return len(self.local) == 1 and len(self.local[0]) == held
 
     def describe_nonfinite(self, *, ask_others: bool) -> str:
         """The parameters whose gradients hold NaN or infinities; empty if there are none.

@@ -1,5 +1,6 @@
 """ZClipOptimizer: torch's optimizer contract around a ZClip, and nothing else."""
 
+import contextlib
 import copy
 import functools
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from zclip_optim.clipper import NonFiniteGradientError, ZClip
 from zclip_optim.distributed import (
     ProcessGroups,
     most_dimensions,
+    refuse_a_part_of_the_parameters,
     refuse_flat_shards,
     refuse_foreign_gradients,
     refuse_unknown_shards,
@@ -68,7 +70,7 @@ class ZClipOptimizer(Optimizer):
             `NonFiniteGradientError`, or "pass" the step on unscaled. It never enters the statistics.
         max_consecutive_nonfinite: with ``nonfinite="skip"``, raise at the so many-th such step in a row, >= 1; None:
             never. A fused kernel on an accelerator skips by itself: there it raises once `metrics` were read.
-        scope: "global" for one norm and one statistic, "group" for one per param group.
+        scope: "global" for one norm and one statistic, "group" for one per param group, by its position.
         process_group: process group, or several, over which squared norms are summed, for gradients that are shards
             held as plain tensors (FSDP1) and for pipeline stages; () for none. DTensors need none.
 
@@ -136,6 +138,7 @@ class ZClipOptimizer(Optimizer):
         self.base_optimizer = base_optimizer
         self.clipper = ZClip(**options)
         refuse_unknown_shards(self._params(), self.clipper.process_groups)
+        refuse_a_part_of_the_parameters(self.clipper.process_groups)
         refuse_foreign_gradients(base_optimizer, self._params())
         # Not Optimizer.__init__, which would, through the properties below, empty the base optimizer.
         self._make_hook_dicts()
@@ -146,7 +149,7 @@ class ZClipOptimizer(Optimizer):
 
     def _adopt(self) -> None:
         """Go on from the statistics that the base optimizer has loaded, if it has loaded what a wrapped one saved."""
-        if any(group.get("zclip_step") for group in self.param_groups):
+        if any(_is_no_zero(group.get("zclip_step", 0)) for group in self.param_groups):
             try:
                 self.clipper.restore(self.clipper.parse_groups(self.param_groups))
             except ValueError as error:
@@ -248,11 +251,25 @@ class ZClipOptimizer(Optimizer):
                 return self._step_with(closure, kernels)
             return base.step() if self.clipper.clip_(base.param_groups, kernels=kernels) else None
 
+    @property
+    def _has_stepped(self) -> bool:
+        """Whether it was ever asked to step, in this process."""
+        return self._dimensions is None
+
     def _look_at_first_step(self) -> None:
+        """What may have been done to the base optimizer alone, since it was wrapped."""
         refuse_flat_shards(self._params(), self._dimensions)
         self._dimensions = None
+        if not self.clipper.is_published_in(self.param_groups):  # it may have loaded a checkpoint
+            with contextlib.suppress(ValueError):  # or got groups, which do not have all keys
+                loaded = self.clipper.parse_groups(self.param_groups)
+                if loaded is not None:
+                    self.clipper.restore(loaded)
+            self.clipper.publish(self.param_groups)
 
     def _take_stage(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if self._dimensions is not None:
+            self._look_at_first_step()
         if self._staged is None or name == STAGES[0]:
             self._staged = StagedStep(self.base_optimizer, self.clipper)
         return self._staged.take(name, *args, **kwargs)
@@ -442,6 +459,10 @@ class _SkipStep(Exception):  # noqa: N818
 
     def __init__(self, loss: Any) -> None:
         self.loss = loss
+
+
+def _is_no_zero(value: Any) -> bool:
+    return type(value) is not int or value != 0
 
 
 def _replaced(value: Any, by: Any) -> Any:

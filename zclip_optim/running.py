@@ -180,7 +180,8 @@ def _is_capturing(values: Tensor) -> bool:
 
 
 def _packed(records: Sequence[StepRecord]) -> Tensor:
-    return torch.tensor([record.pack() for record in records], dtype=torch.float64).t().contiguous()
+    rows = [record.pack() for record in records]
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").t().contiguous()  # whatever the default device is
 
 
 Advance = Callable[[Tensor, Tensor, ZClipConfig, bool], tuple[Tensor, Tensor]]

@@ -8,6 +8,7 @@ import torch
 import torch_optimizer
 from torch import nn
 from training import backward, make_model, set_gradients, train
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from zclip_optim import ZClip, ZClipOptimizer
 
@@ -281,3 +282,18 @@ def test_a_model_that_was_moved_keeps_its_parameters():
     backward(model, 0)
     optimizer.step()
     assert optimizer.metrics.step == 1
+
+
+def test_parameters_that_have_no_shape_yet():
+    """Lazy modules give theirs a shape in place, in the first forward."""
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1))
+    optimizer = ZClipOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    assert optimizer.metrics.step == 1
+
+
+def test_the_optimizer_of_a_trainer_whose_step_does_nothing():
+    dummy = LayerWiseDummyOptimizer(optimizer_dict={p: torch.optim.SGD([p], lr=0.1) for p in make_model().parameters()})
+    with pytest.raises(TypeError, match=r"layer-wise updates, which are made within backward"):
+        ZClipOptimizer(dummy)

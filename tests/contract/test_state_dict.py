@@ -453,3 +453,50 @@ class TestStaleKeys:
         inner = first.base_optimizer
         inner.param_groups[0][key] = value
         self.wrap(inner, key)
+
+
+class TestLoadedThroughTheBaseOptimizer:
+    """People keep a name for it, and load a checkpoint there."""
+
+    def saved(self, scope="global"):
+        model = make_model()
+        optimizer = ZClipOptimizer(adamw(model), scope=scope)
+        train(model, optimizer, range(40), OUTLIERS)
+        return through_disk(optimizer.state_dict()), optimizer
+
+    @pytest.mark.parametrize("scope", ["global", "group"])
+    def test_before_the_first_step_it_is_taken_over(self, scope):
+        saved, reference = self.saved(scope)
+        model = make_model()
+        inner = adamw(model)
+        optimizer = ZClipOptimizer(inner, scope=scope)
+        inner.load_state_dict(saved)
+        train(model, optimizer, [40])
+        assert optimizer.metrics.step == 41
+        assert optimizer.metrics.clipped_steps == reference.metrics.clipped_steps
+
+    def test_a_bare_checkpoint_there_changes_nothing(self):
+        model, (saved, _) = make_model(), self.saved()
+        inner = adamw(model)
+        optimizer = ZClipOptimizer(inner)
+        optimizer.load_state_dict(saved)
+        inner.load_state_dict(adamw(make_model()).state_dict())
+        train(model, optimizer, [40])
+        assert optimizer.metrics.step == 41
+        assert inner.param_groups[0]["zclip_step"] == 40
+
+    def test_a_group_that_is_added_there_changes_nothing(self):
+        model, (saved, _) = make_model(), self.saved()
+        inner = adamw(model)
+        optimizer = ZClipOptimizer(inner)
+        optimizer.load_state_dict(saved)
+        inner.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+        train(model, optimizer, [40])
+        assert optimizer.metrics.step == 41
+
+
+def test_a_key_of_ours_that_is_a_tensor_is_stale_too():
+    inner = adamw(make_model())
+    inner.param_groups[0]["zclip_step"] = torch.ones(3)
+    with pytest.warns(ZClipWarning, match="start afresh"):
+        assert ZClipOptimizer(inner).metrics.step == 0

@@ -594,3 +594,50 @@ def check_layouts_on_ranks(rank):
 
 def test_layouts_count_over_ranks(two):
     two.run(check_layouts_on_ranks)
+
+
+class Clipped(ZClipOptimizer):
+    """A class for those who ask for one."""
+
+    def __init__(self, params, lr, group=None):
+        super().__init__(torch.optim.SGD(params, lr=lr), process_group=group)
+
+
+def check_a_part_of_the_parameters(rank):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says of its own torch.jit
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    params = [nn.Parameter(torch.ones(n)) for n in (3, 5, 8)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(
+        ValueError, match=r"put it inside, ZClipOptimizer\(ZeroRedundancyOptimizer.* or pass process_group"
+    ):
+        ZeroRedundancyOptimizer(params, Clipped, lr=0.0)
+    sharded = ZeroRedundancyOptimizer(params, Clipped, lr=0.0, group=dist.group.WORLD)
+    sharded.step()
+    around = ZClipOptimizer(ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=0.0))
+    around.step()
+    assert around.metrics.grad_norm == pytest.approx(4.0)
+    assert sharded.optim.metrics.grad_norm == pytest.approx(4.0)
+
+
+def test_a_part_of_the_parameters_is_refused_unless_its_group_is_given(two):
+    two.run(check_a_part_of_the_parameters)
+
+
+def check_sharding_after_wrapping(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Linear(4, 4)
+    optimizer = ZClipOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    fully_shard(model)
+    with pytest.warns(ZClipWarning, match="no parameter of this optimizer had a gradient"):
+        for _ in range(20):
+            model(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+
+
+def test_sharding_after_wrapping_is_warned_of(two):
+    two.run(check_sharding_after_wrapping)

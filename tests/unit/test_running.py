@@ -800,3 +800,13 @@ def test_that_no_parameter_has_a_gradient_is_known_without_a_read(make_base, on_
         with pytest.warns(ZClipWarning, match="no parameter of this optimizer had a gradient at the last 20 steps"):
             optimizer.step()
     assert mode.reads == 0
+
+
+def test_the_default_device_is_not_asked(on_device):
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = ZClipOptimizer(sgd([p]))
+    set_gradients([p], 3.0)
+    with torch.device("meta"):
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.metrics.mean == pytest.approx(3.0)
