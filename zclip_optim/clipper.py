@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zclip_optim.algorithm import NormStats, Scalar, ZClipConfig
 from zclip_optim.distributed import ProcessGroups, as_groups, as_param_groups, gradients_of
 from zclip_optim.fused import Kernels
-from zclip_optim.gradients import Gradients, ParamGroups, refuse_unmeasurable
+from zclip_optim.gradients import CHOICE, Gradients, ParamGroups, choices, refuse_unmeasurable
 from zclip_optim.health import Health
 from zclip_optim.metrics import ClipMetrics, combine
 from zclip_optim.running import DeviceState, HostState, Verdict, refuse_meta
@@ -110,7 +110,7 @@ class ZClip:
         try:
             norms = gradients.norms()
         except (RuntimeError, TypeError) as error:
-            refuse_unmeasurable(param_groups, error)
+            refuse_unmeasurable(gradients.param_groups, error)
             raise
         if (self.health.missing or not any(gradients.local)) and new_step:
             self.health.count_missing(gradients.are_missing(norms))
@@ -231,10 +231,14 @@ class ZClip:
         self.health.restart(records)
 
     def publish(self, param_groups: Iterable[dict[str, Any]]) -> None:
-        """Write the state into param groups, from where `parse_groups` reads it after a checkpoint."""
+        """Write the state into param groups, from where `parse_groups` reads it after a checkpoint.
+
+        Raises:
+            ValueError: a group's ``zclip`` is neither True nor False. Nothing has changed then.
+        """
         groups = list(param_groups)
-        for group, flat in zip(groups, self._flat(len(groups)), strict=True):
-            group.update(flat)
+        for group, choice, flat in zip(groups, choices(groups), self._flat(len(groups)), strict=True):
+            group.update(flat, **{CHOICE: choice})
 
     def is_published_in(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether these param groups, of a checkpoint, carry what `publish` writes."""

@@ -5,6 +5,7 @@ by the one, writing it back, and do nothing at all where the other is not 0. So 
 a skip no read of the flag.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,17 +15,17 @@ FUSED = (Adam, AdamW, SGD, Adagrad)
 
 
 class Kernels:
-    """What the kernels of an optimizer are told for one step: given within the context, taken back at its end.
+    """What the kernels of optimizers are told for one step: given within the context, taken back at its end.
 
     Args:
-        optimizer: any; one without such kernels is told nothing.
+        optimizers: that step together; if one of them has no such kernels, none is told anything.
 
     Attributes:
         scale_themselves: whether the kernels were told to scale the gradients.
     """
 
-    def __init__(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizers: Sequence[Any]) -> None:
+        self.optimizers = optimizers
         self.scale_themselves = False
 
     def __enter__(self) -> "Kernels":
@@ -32,15 +33,17 @@ class Kernels:
 
     def __exit__(self, *_: object) -> None:
         if self.scale_themselves:
-            for name in ("grad_scale", "found_inf"):
-                self.optimizer.__dict__.pop(name, None)
+            for optimizer in self.optimizers:
+                for name in ("grad_scale", "found_inf"):
+                    optimizer.__dict__.pop(name, None)
 
     def scale(self, coef: Tensor) -> bool:
-        """Have the step multiply the gradients by `coef`, a tensor of one element; whether the optimizer can do it."""
-        optimizer = self.optimizer
-        if type(optimizer) not in FUSED or not all(group["fused"] for group in optimizer.param_groups):
+        """Have the step multiply the gradients by `coef`, a tensor of one element; whether the optimizers can do it."""
+        if not all(map(_is_fused, self.optimizers)):
             return False
-        optimizer.grad_scale = coef.reciprocal().float().reshape(())
+        grad_scale = coef.reciprocal().float().reshape(())
+        for optimizer in self.optimizers:
+            optimizer.grad_scale = grad_scale
         self.scale_themselves = True
         return True
 
@@ -49,10 +52,17 @@ class Kernels:
 
         Never SGD with momentum: skipped on its first step, torch's kernel leaves an uninitialised momentum buffer.
         """
-        optimizer = self.optimizer
-        if not self.scale_themselves:
+        if not self.scale_themselves or any(map(_has_momentum, self.optimizers)):
             return False
-        if type(optimizer) is SGD and any(group["momentum"] != 0 for group in optimizer.param_groups):
-            return False
-        optimizer.found_inf = flag.float().reshape(())
+        found_inf = flag.float().reshape(())
+        for optimizer in self.optimizers:
+            optimizer.found_inf = found_inf
         return True
+
+
+def _is_fused(optimizer: Any) -> bool:
+    return type(optimizer) in FUSED and all(group["fused"] for group in optimizer.param_groups)
+
+
+def _has_momentum(optimizer: Any) -> bool:
+    return type(optimizer) is SGD and any(group["momentum"] != 0 for group in optimizer.param_groups)

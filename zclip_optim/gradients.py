@@ -18,24 +18,31 @@ from zclip_optim.norm import (
 )
 
 ParamGroups: TypeAlias = Sequence[Mapping[str, Any]]
+CHOICE = "zclip"  # the key of a param group that says whether it is clipped
 
 
 class Gradients:
     """The gradients of param groups, all elements of which are in this process.
 
     Args:
-        param_groups: as in an optimizer.
-        scope: "global" for one norm, "group" for one per param group.
+        param_groups: as in an optimizer; those with ``zclip=False`` are left alone.
+        scope: "global" for one norm, "group" for one per param group, 0 for those left alone.
 
     Attributes:
+        param_groups: those that are not left alone.
         device: the accelerator that a step stays on, that of the first parameter; None for the CPU.
         scopes: the param groups that have a norm together.
         local: the gradients of each scope, or what this process has of them.
     """
 
     def __init__(self, param_groups: ParamGroups, scope: str) -> None:
-        self.param_groups, self.device = param_groups, _accelerator(param_groups)
-        self.scopes = [param_groups] if scope == "global" else [[group] for group in param_groups]
+        self.param_groups = [group for group in param_groups if group.get(CHOICE, True)]
+        self.leaves_some_alone = len(self.param_groups) < len(param_groups)
+        self.device = _accelerator(self.param_groups)
+        if scope == "global":
+            self.scopes = [self.param_groups]
+        else:
+            self.scopes = [[group] if group.get(CHOICE, True) else [] for group in param_groups]
         self.local = [collect_gradients(groups) for groups in self.scopes]
 
     def norms(self) -> Any:
@@ -55,7 +62,9 @@ class Gradients:
                 scale_gradients_(gradients, coef)
 
     def can_be_scaled_one_by_one(self) -> bool:
-        """Whether there is one scope and no gradient belongs to two parameters, which a kernel would scale twice."""
+        """Whether a kernel may scale what it is given: all gradients, in one scope, and none of two parameters."""
+        if self.leaves_some_alone:
+            return False
         held = sum([p.grad is not None for group in self.param_groups for p in group["params"]])
         return len(self.local) == 1 and len(self.local[0]) == held
 
@@ -66,6 +75,19 @@ class Gradients:
             ask_others: whether every rank that has seen a bad norm calls this now, so that they can tell each other.
         """
         return describe_nonfinite(self.param_groups)
+
+
+def choices(param_groups: Iterable[Mapping[str, Any]]) -> list[bool]:
+    """Whether each of these param groups is clipped; they are, unless they say otherwise.
+
+    Raises:
+        ValueError: one says something else than yes or no.
+    """
+    chosen = [group.get(CHOICE, True) for group in param_groups]
+    for i, choice in enumerate(chosen):
+        if type(choice) is not bool:
+            raise ValueError(f"{CHOICE!r} in param_groups[{i}] must be True or False, got {choice!r}")
+    return chosen
 
 
 def collect_gradients(param_groups: ParamGroups) -> list[Tensor]:

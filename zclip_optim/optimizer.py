@@ -4,12 +4,13 @@ import contextlib
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch.optim import Optimizer
 
+from zclip_optim.chain import Chain
 from zclip_optim.checks import check_base_optimizer, refuse_unclipped_update, refuse_unexpected
 from zclip_optim.clipper import NonFiniteGradientError, ZClip
 from zclip_optim.distributed import (
@@ -21,7 +22,7 @@ from zclip_optim.distributed import (
     refuse_unknown_shards,
 )
 from zclip_optim.fused import Kernels
-from zclip_optim.gradients import collect_gradients, zero_gradients_
+from zclip_optim.gradients import CHOICE, choices, collect_gradients, zero_gradients_
 from zclip_optim.metrics import ClipMetrics
 from zclip_optim.stages import STAGES, StagedStep
 from zclip_optim.state import SavedState
@@ -37,16 +38,18 @@ class ZClipOptimizer(Optimizer):
         g*_t = mu + clip_factor * (z_thresh^2 / z_t) * sigma on a spike, else g_t
         mu <- alpha mu + (1 - alpha) g*_t,   sigma^2 <- alpha sigma^2 + (1 - alpha) (g*_t - mu)^2
 
-    g_t is the L2 norm of all gradients in the param groups. On a spike every gradient is multiplied by g*_t / g_t; on
-    other steps no bit is changed. The statistics travel in the param groups of `state_dict`, so they survive every
-    checkpoint library; hyperparameters are not saved. Schedulers, GradScaler and trainers take the wrapper for the
-    optimizer that it wraps. Turn off any other clipping: it hides the spikes.
+    g_t is the L2 norm of all gradients in the param groups, but those with ``"zclip": False``, which are left alone. On
+    a spike every gradient is multiplied by g*_t / g_t; on other steps no bit is changed. The statistics travel in the
+    param groups of `state_dict`, so they survive every checkpoint library; hyperparameters are not saved. Schedulers,
+    GradScaler and trainers take the wrapper for the optimizer that it wraps. Turn off any other clipping: it hides the
+    spikes.
 
     SAM's `first_step()` and `second_step()` are clipped as its `step(closure)` is, the first one moves the statistics;
     other methods of a base optimizer that update parameters are refused.
 
     Args:
-        base_optimizer: the optimizer to wrap, an instance of any class; may be trained already.
+        base_optimizer: the optimizer to wrap, an instance of any class; may be trained already. Or a list of them, over
+            parameters of one model: they step together, under one norm; a closure is evaluated once for all.
         alpha: smoothing factor of the running statistics, 0 <= alpha < 1.
         z_thresh: z-score above which a step is a spike, in standard deviations, > 0.
         mode: "zscore", or "percentile" to clip spikes to mu + z_thresh * sigma whatever `clip_option` is.
@@ -76,6 +79,7 @@ class ZClipOptimizer(Optimizer):
 
     Attributes:
         base_optimizer: the wrapped optimizer.
+        parts: a list of the wrapped optimizers, which is one unless a list was given.
         clipper: the `ZClip` that does the work.
         metrics: `ClipMetrics` of the last step: `grad_norm`, `clipped_norm`, `threshold`, `z_score`, `clip_coef`,
             `clipped`, `clip_rate` and more; ``metrics.as_dict()`` is ready for a logger. On an accelerator reading it
@@ -111,7 +115,7 @@ class ZClipOptimizer(Optimizer):
 
     def __init__(
         self,
-        base_optimizer: Optimizer,
+        base_optimizer: Optimizer | Sequence[Optimizer],
         *,
         alpha: float = 0.97,
         z_thresh: float = 2.5,
@@ -134,12 +138,15 @@ class ZClipOptimizer(Optimizer):
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("self", "base_optimizer", "unexpected")}
         refuse_unexpected(unexpected, options)
-        check_base_optimizer(base_optimizer, ZClipOptimizer)
-        self.base_optimizer = base_optimizer
+        parts = base_optimizer if isinstance(base_optimizer, (list, tuple)) else [base_optimizer]
+        for part in parts:
+            check_base_optimizer(part, ZClipOptimizer)
+        self.base_optimizer: Any = Chain(parts) if parts is base_optimizer else base_optimizer
         self.clipper = ZClip(**options)
         refuse_unknown_shards(self._params(), self.clipper.process_groups)
         refuse_a_part_of_the_parameters(self.clipper.process_groups)
-        refuse_foreign_gradients(base_optimizer, self._params())
+        for part in parts:
+            refuse_foreign_gradients(part, self._params())
         # Not Optimizer.__init__, which would, through the properties below, empty the base optimizer.
         self._make_hook_dicts()
         self._may_move_in_closures = True  # the parameters, before a further evaluation; until its first step shows
@@ -184,12 +191,19 @@ class ZClipOptimizer(Optimizer):
         """Whether the last step left the parameters alone: its gradient norm was NaN, infinite or above `z_skip`."""
         return self.clipper.step_was_skipped
 
+    @property
+    def parts(self) -> list[Any]:
+        """The wrapped optimizers; a list of one, unless several were given."""
+        base = self.base_optimizer
+        return base.parts if isinstance(base, Chain) else [base]
+
     # The base optimizer replaces these objects when it loads a checkpoint, and trainers assign them: never aliases.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The param groups of the base optimizer."""
-        return self.base_optimizer.param_groups
+        groups: list[dict[str, Any]] = self.base_optimizer.param_groups
+        return groups
 
     @param_groups.setter
     def param_groups(self, value: list[dict[str, Any]]) -> None:
@@ -246,7 +260,7 @@ class ZClipOptimizer(Optimizer):
         base = self.base_optimizer
         if self._dimensions is not None:
             self._look_at_first_step()
-        with Kernels(base) as kernels:
+        with Kernels(self.parts) as kernels:
             if closure is not None:
                 return self._step_with(closure, kernels)
             return base.step() if self.clipper.clip_(base.param_groups, kernels=kernels) else None
@@ -325,8 +339,12 @@ class ZClipOptimizer(Optimizer):
         """Add a param group to the base optimizer; with ``scope="group"`` it starts with a warm-up of its own.
 
         Args:
-            param_group: a dict with "params", as in torch.
+            param_group: a dict with "params", as in torch; ``"zclip": False`` leaves it alone.
+
+        Raises:
+            ValueError: its ``zclip`` is neither True nor False. Nothing has changed then.
         """
+        choices([param_group])
         self.base_optimizer.add_param_group(param_group)
         self.clipper.publish(self.param_groups)
 
@@ -369,7 +387,7 @@ class ZClipOptimizer(Optimizer):
                 stay. Another run begins: each kind of `ZClipWarning` can be given again.
 
         Raises:
-            ValueError: ZClip's statistics in it are malformed; names the key. Nothing has changed then.
+            ValueError: what ZClip saved in it is malformed; names the key. Nothing has changed then.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -378,8 +396,13 @@ class ZClipOptimizer(Optimizer):
         if isinstance(state_dict, Mapping) and OWN_ENTRY in state_dict:
             saved = self.clipper.parse(state_dict.pop(OWN_ENTRY))
         else:
-            saved = self.clipper.parse_groups(_find_param_groups(state_dict))
+            groups = _find_param_groups(state_dict)
+            saved = self.clipper.parse_groups(groups)
+            choices(groups)
+        chosen = choices(self.param_groups)
         self.base_optimizer.load_state_dict(state_dict)
+        for group, choice in zip(self.param_groups, chosen, strict=False):  # a checkpoint of the bare one has none
+            group.setdefault(CHOICE, choice)
         self.clipper.restore(saved)
         self.clipper.publish(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -407,7 +430,8 @@ class ZClipOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         lines = repr(self.base_optimizer).splitlines()
-        base = "\n".join(line for line in lines if not line.lstrip().startswith("zclip_"))  # as of the last checkpoint
+        hidden = ("zclip_", f"{CHOICE}: True")  # the statistics are as of the last checkpoint
+        base = "\n".join(line for line in lines if not line.lstrip().startswith(hidden))
         return f"{type(self).__name__} (\n{self.clipper!r}\n{base}\n)"
 
 

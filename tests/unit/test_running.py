@@ -54,6 +54,10 @@ FUSED = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.01, fused=True),
     "SGD, momentum": lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9, fused=True),
     "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.01, fused=True),
+    "Adam and SGD": lambda params: [
+        torch.optim.Adam(params[:1], lr=0.01, fused=True),
+        torch.optim.SGD(params[1:], lr=0.01, fused=True),
+    ],
 }
 SKIPS_IN_THE_KERNEL = {name: make for name, make in FUSED.items() if name != "SGD, momentum"}
 NORMS = [1.0, 1.1, 0.9, 1.05, 30.0, 1.0, math.nan, 1.02, 0.0, 1.1, math.inf, 1e30, 0.95, *[5.0] * 9, 1.1, 1e-30]
@@ -752,7 +756,7 @@ class TestMemory:
         set_gradients(params, 1.0)
         optimizer.step()
         with LiveBytes() as mode:
-            optimizer.clipper.clip_(optimizer.param_groups, kernels=Kernels(optimizer.base_optimizer))
+            optimizer.clipper.clip_(optimizer.param_groups, kernels=Kernels(optimizer.parts))
         assert 0 < mode.peak < 50 * 8 * 2 + 4000
         assert optimizer.clipper._state.values.nbytes < 1024
 

@@ -1,0 +1,223 @@
+"""Several optimizers as one."""
+
+import inspect
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+
+PARTS = "parts"  # the entry of a state dict that holds those of the parts as they are
+SWITCHES = ("train", "eval")  # of ScheduleFree, for every part that has them
+
+
+class Chain:
+    """Optimizers of one model that step one after the other, each over parameters of its own.
+
+    The state dict has the form of a single optimizer's, with the parameters of all parts numbered in a row, so that
+    checkpoint libraries take it; if a part saves something else, it holds the parts' state dicts as they are.
+
+    Args:
+        parts: the optimizers.
+
+    Raises:
+        TypeError: a part cannot step without a closure.
+        ValueError: there is none, or a parameter belongs to two of them.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        if not parts:
+            raise ValueError("base_optimizer must be an optimizer or a list of optimizers, got an empty list")
+        owners: dict[int, Any] = {}
+        for part in parts:
+            _refuse_closure(part)
+            for p in _params(part):
+                if owners.setdefault(id(p), part) is not part:
+                    names = f"{type(owners[id(p)]).__name__} and {type(part).__name__}"
+                    raise ValueError(
+                        f"base_optimizer: {names} hold the same parameter, of shape {tuple(p.shape)}, which would be "
+                        "stepped twice: give each parameter to one of them"
+                    )
+        self.parts = list(parts)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The param groups of all parts in a row, the same dicts."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        for part, groups in zip(self.parts, self._shared_out(value), strict=True):
+            part.param_groups = groups
+
+    @property
+    def state(self) -> "_States":
+        """The per-parameter state of all parts."""
+        return _States(self.parts)
+
+    @state.setter
+    def state(self, value: Mapping[Any, Any]) -> None:
+        for part in self.parts:
+            part.state = defaultdict(dict, {p: value[p] for p in _params(part) if p in value})
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The default hyperparameters that all parts have, with the values of the first one."""
+        first, *others = [getattr(part, "defaults", {}) for part in self.parts]
+        return {name: value for name, value in first.items() if all(name in defaults for defaults in others)}
+
+    @defaults.setter
+    def defaults(self, value: Mapping[str, Any]) -> None:
+        for part in self.parts:
+            part.defaults.update(value)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Evaluate the closure, if there is one, once for all parts, and step each; the closure's loss."""
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def zero_grad(self, **options: Any) -> None:
+        """Reset the gradients of all parts."""
+        for part in self.parts:
+            part.zero_grad(**options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused, since only its caller knows which part is to have it.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("there are several optimizers: call add_param_group of the one meant, optimizer.parts[i]")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of all parts."""
+        state_dicts = [part.state_dict() for part in self.parts]
+        if not all(map(_is_plain, state_dicts)):
+            return {PARTS: state_dicts}
+        state: dict[int, Any] = {}
+        groups: list[dict[str, Any]] = []
+        count = itertools.count()
+        for state_dict in state_dicts:
+            numbers = dict(zip(_numbers(state_dict["param_groups"]), count, strict=False))
+            state.update((numbers[number], entry) for number, entry in state_dict["state"].items())
+            groups += _renumbered(state_dict["param_groups"], numbers)
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned.
+
+        Raises:
+            ValueError: it is of other parts or groups. Nothing has changed then.
+        """
+        for part, own in zip(self.parts, self._split(state_dict), strict=True):
+            part.load_state_dict(own)
+
+    def _split(self, state_dict: Mapping[str, Any]) -> list[Any]:
+        """The state dict of each part."""
+        if PARTS in state_dict:
+            if len(state_dict[PARTS]) != len(self.parts):
+                raise ValueError(
+                    f"the state dict is of {len(state_dict[PARTS])} optimizers, this is a list of {len(self.parts)}"
+                )
+            return list(state_dict[PARTS])
+        shares = self._shared_out(state_dict["param_groups"])
+        for saved, own in zip(itertools.chain(*shares), self.param_groups, strict=True):
+            if len(saved["params"]) != len(own["params"]):
+                raise ValueError(
+                    f"a param group of the state dict has {len(saved['params'])} parameters, the one here "
+                    f"{len(own['params'])}"
+                )
+        own_dicts = []
+        for groups in shares:
+            numbers = {number: i for i, number in enumerate(_numbers(groups))}
+            state = {numbers[number]: entry for number, entry in state_dict["state"].items() if number in numbers}
+            own_dicts.append({"state": state, "param_groups": _renumbered(groups, numbers)})
+        return own_dicts
+
+    def _shared_out(self, groups: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """As many of these groups as each part has."""
+        sizes = [len(part.param_groups) for part in self.parts]
+        if len(groups) != sum(sizes):
+            raise ValueError(f"there are {len(groups)} param groups for optimizers that have {sizes}")
+        rest = iter(groups)
+        return [list(itertools.islice(rest, size)) for size in sizes]
+
+    def __getattr__(self, name: str) -> Any:
+        methods = [getattr(part, name) for part in self.parts if hasattr(part, name)] if name in SWITCHES else []
+        if not methods:
+            raise AttributeError(f"several optimizers have no {name!r} together: see optimizer.parts")
+
+        def switch_all() -> None:
+            for method in methods:
+                method()
+
+        return switch_all
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.parts))
+
+
+class _States(MutableMapping[Any, Any]):
+    """The states of several optimizers as one: what is written for a parameter goes to the one that holds it."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self._parts = parts
+
+    def _of(self, p: Any) -> Any:
+        for part in self._parts:
+            if p in part.state:
+                return part.state
+        for part in self._parts:
+            if any(p is other for other in _params(part)):
+                return part.state
+        raise KeyError(p)
+
+    def __getitem__(self, p: Any) -> Any:
+        return self._of(p)[p]
+
+    def __setitem__(self, p: Any, value: Any) -> None:
+        self._of(p)[p] = value
+
+    def __delitem__(self, p: Any) -> None:
+        del self._of(p)[p]
+
+    def __contains__(self, p: object) -> bool:
+        return any(p in part.state for part in self._parts)
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(part.state for part in self._parts)
+
+    def __len__(self) -> int:
+        return sum(len(part.state) for part in self._parts)
+
+
+def _params(part: Any) -> Iterator[torch.Tensor]:
+    return (p for group in part.param_groups for p in group["params"])
+
+
+def _refuse_closure(part: Any) -> None:
+    closure = inspect.signature(part.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"base_optimizer: {type(part).__name__} cannot be one of several optimizers, since its step() needs a "
+            "closure, to evaluate it where it has moved its own parameters"
+        )
+
+
+def _is_plain(state_dict: Any) -> bool:
+    """Whether it has torch's form and nothing else: parameters by number."""
+    if not isinstance(state_dict, Mapping) or set(state_dict) != {"state", "param_groups"}:
+        return False
+    numbers = set(_numbers(state_dict["param_groups"]))
+    return all(number in numbers for number in state_dict["state"])
+
+
+def _numbers(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    return [number for group in groups for number in group["params"]]
+
+
+def _renumbered(groups: Sequence[Mapping[str, Any]], numbers: Mapping[Any, int]) -> list[dict[str, Any]]:
+    return [{**group, "params": [numbers[number] for number in group["params"]]} for group in groups]
