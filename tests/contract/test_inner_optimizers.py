@@ -176,6 +176,41 @@ def test_clipping_happens_before_the_inner_step(case):
     assert optimizer.metrics.clip_coef < 1
 
 
+class Both:
+    """The optimizer and AdamW, without a wrapper."""
+
+    def __init__(self, parts):
+        self.first, self.second = parts
+
+    def __getattr__(self, name):  # train(), where the first one has it
+        return getattr(self.first, name)
+
+    def step(self):
+        self.first.step()
+        self.second.step()
+
+    def zero_grad(self):
+        self.first.zero_grad()
+        self.second.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=name) for name, case in CASES.items() if not case.needs_closure]
+)
+def test_beside_another_optimizer_in_one_wrapper_it_is_itself(case):
+    def run_beside_adamw(wrap, steps):
+        model, first = build(case, bare)
+        bias = nn.Parameter(torch.zeros(1))
+        biased = nn.Sequential(model[0], *model[1:], nn.Identity())
+        biased.register_parameter("bias", bias)
+        biased.forward = lambda x: model(x) + bias
+        return run(case, biased, wrap([first, torch.optim.AdamW([bias], lr=1e-2)]), steps)
+
+    expected = run_beside_adamw(Both, range(3))
+    assert expected[-1] != 0
+    assert torch.equal(run_beside_adamw(without_clipping, range(3)), expected)
+
+
 @pytest.mark.parametrize(("contract", "case"), [p for name in CONTRACTS for p in expected_to_keep(name)])
 def test_keeps_the_contract(contract, case):
     ours, expected = CONTRACTS[contract](case, without_clipping)

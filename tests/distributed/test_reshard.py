@@ -43,8 +43,17 @@ class Fsdp2OnFour(Fsdp2):
 WAYS = {"fsdp2": Fsdp2OnFour, "hsdp": Hsdp}
 
 
+def sgd_and_adamw(params):
+    params = list(params)
+    matrices = INNER["SGD"]([p for p in params if p.ndim == 2])
+    return [matrices, INNER["AdamW"]([p for p in params if p.ndim != 2])]
+
+
+SEVERAL = {"SGD and AdamW": sgd_and_adamw}
+
+
 def start(way, inner="AdamW"):
-    return ZClipOptimizer(INNER[inner](way.params()), **OPTIONS, **way.options())
+    return ZClipOptimizer((INNER | SEVERAL)[inner](way.params()), **OPTIONS, **way.options())
 
 
 def train(way, optimizer, steps):
@@ -85,9 +94,9 @@ def quiet():
         yield
 
 
-def save_sharded(rank, path, options):
+def save_sharded(rank, path, options, inner):
     way = Fsdp2(rank)
-    optimizer = start(way)
+    optimizer = start(way, inner)
     train(way, optimizer, range(SAVED))
     at_save = statistics(optimizer)
     with quiet():
@@ -95,9 +104,9 @@ def save_sharded(rank, path, options):
     return at_save, *end_of(way, optimizer)
 
 
-def load_sharded(rank, name, path, options):
+def load_sharded(rank, name, path, options, inner):
     way = WAYS[name](rank)
-    optimizer = start(way)
+    optimizer = start(way, inner)
     with quiet():
         saved = states(way, optimizer, options)
         dcp.load(saved, checkpoint_id=path)
@@ -105,9 +114,9 @@ def load_sharded(rank, name, path, options):
     return statistics(optimizer), *end_of(way, optimizer)
 
 
-def load_in_one_process(path, options):
+def load_in_one_process(path, options, inner):
     way = Plain(0)
-    optimizer = start(way)
+    optimizer = start(way, inner)
     with quiet():
         saved = states(way, optimizer, options)
         dcp.load(saved, checkpoint_id=path, no_dist=True)
@@ -125,14 +134,20 @@ def assert_goes_on_like(saved, loaded):
     assert params.numpy() == pytest.approx(expected_params.numpy(), rel=1e-4, abs=1e-5)
 
 
+NESTED, FLAT = StateDictOptions(), StateDictOptions(flatten_optimizer_state_dict=True)
+
+
 @pytest.mark.parametrize(
-    "options", [StateDictOptions(), StateDictOptions(flatten_optimizer_state_dict=True)], ids=["nested", "flat"]
+    ("options", "inner"),
+    [(NESTED, "AdamW"), (FLAT, "AdamW"), (FLAT, "SGD and AdamW")],
+    ids=["nested", "flat", "flat-several"],
 )
-def test_saved_on_two_ranks_and_loaded_on_one_and_four(two, four, tmp_path, options):
-    saved = two.run(save_sharded, str(tmp_path), options)
-    assert_goes_on_like(saved, [load_in_one_process(str(tmp_path), options)])
+def test_saved_on_two_ranks_and_loaded_on_one_and_four(two, four, tmp_path, options, inner):
+    args = str(tmp_path), options, inner
+    saved = two.run(save_sharded, *args)
+    assert_goes_on_like(saved, [load_in_one_process(*args)])
     for name in WAYS:
-        assert_goes_on_like(saved, four.run(load_sharded, name, str(tmp_path), options))
+        assert_goes_on_like(saved, four.run(load_sharded, name, *args))
 
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -43,9 +43,9 @@ def run(accelerator, model, optimizer, scheduler, steps=range(STEPS)):
             optimizer.zero_grad()
 
 
-def plain(accumulate=1):
+def plain(accumulate=1, **options):
     """The same run in plain torch."""
-    parts = make()
+    parts = make(**options)
     train_accumulating(*parts, batches(), accumulate)
     return parts
 
@@ -62,13 +62,20 @@ def test_the_run_is_that_of_plain_torch(accumulate):
     assert parts[3].get_last_lr() == scheduler.get_last_lr()
 
 
-def test_save_state_and_load_state(tmp_path):
-    half, resumed = accelerated({}), accelerated({})
+def muon_and_adamw(params):
+    params = list(params)
+    matrices = torch.optim.Muon([p for p in params if p.ndim == 2], lr=0.02)
+    return [matrices, torch.optim.AdamW([p for p in params if p.ndim != 2], lr=1e-2)]
+
+
+@pytest.mark.parametrize("options", [{}, {"make_inner": muon_and_adamw}], ids=["one", "several"])
+def test_save_state_and_load_state(tmp_path, options):
+    half, resumed = accelerated({}, **options), accelerated({}, **options)
     run(*half, steps=range(22))
     half[0].save_state(tmp_path)
     resumed[0].load_state(tmp_path)
     run(*resumed, steps=range(22, STEPS))
-    model, optimizer, _ = plain()
+    model, optimizer, _ = plain(**options)
     assert torch.equal(parameters(resumed[1]), parameters(model))
     assert resumed[2].optimizer.metrics == optimizer.metrics
     assert optimizer.metrics.clipped_steps > half[2].optimizer.metrics.clipped_steps > 0

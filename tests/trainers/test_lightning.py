@@ -39,6 +39,12 @@ def lbfgs(params):
     return torch.optim.LBFGS(params, lr=0.1, max_iter=4)
 
 
+def muon_and_adamw(params):
+    params = list(params)
+    matrices = torch.optim.Muon([p for p in params if p.ndim == 2], lr=0.02)
+    return [matrices, adamw([p for p in params if p.ndim != 2])]
+
+
 class Module(LightningModule):
     """Automatic optimization."""
 
@@ -144,6 +150,22 @@ class TestRuns:
         assert torch.equal(parameters(module.net), parameters(model))
         assert trainer.optimizers[0].metrics == optimizer.metrics
         assert optimizer.metrics.clipped_steps > 0
+
+    def test_several_optimizers_in_one(self, tmp_path):
+        def module():
+            return Module(muon_and_adamw, lambda parts: ZClipOptimizer(parts, **OPTIONS))
+
+        whole, resumed, logger = module(), module(), MemoryLogger()
+        fit(module(), [ZClipCallback()]).save_checkpoint(tmp_path / "last.ckpt")
+        resumption = {"ckpt_path": tmp_path / "last.ckpt", "max_epochs": 2}
+        trainer = fit(resumed, [ZClipCallback()], logger=logger, **resumption)
+        fit(whole, [ZClipCallback()], max_epochs=2)
+        model, optimizer, _ = plain(muon_and_adamw, batches() * 2)
+        assert torch.equal(parameters(whole.net), parameters(model))
+        assert torch.equal(parameters(resumed.net), parameters(model))
+        assert trainer.optimizers[0].metrics == optimizer.metrics
+        assert optimizer.metrics.clipped_steps > 0
+        assert logger.rows[2 * STEPS - 1]["zclip/mean"] == pytest.approx(optimizer.metrics.mean, rel=1e-6)
 
     def test_accumulation(self):
         module = Module()
