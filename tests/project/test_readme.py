@@ -8,12 +8,14 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import pytorch_optimizer
 import torch
+from accelerate import Accelerator
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from training import make_batch, make_model, parameters
+from training import make_batch, make_model, parameters, set_gradients
 
 from zclip_optim import ZClip, ZClipOptimizer
 from zclip_optim.plotting import plot_history
@@ -98,10 +100,17 @@ def test_transformers():
     assert names["scheduler"].last_epoch == names["trainer"].state.global_step
 
 
-def test_accelerate(capsys):
-    names = ingredients()
-    exec(block("from accelerate"), names)
-    assert names["optimizer"].optimizer.metrics.step == STEPS // 2
+def test_accelerate():
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    names = ingredients(accelerator=accelerator)
+    exec(block("accelerator.prepare"), names)
+    model, optimizer = names["model"], names["optimizer"]
+    for x, y in names["loader"]:
+        with accelerator.accumulate(model):
+            accelerator.backward(nn.functional.mse_loss(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert optimizer.optimizer.metrics.step == STEPS // 2
 
 
 def test_fsdp2_on_two_ranks():
@@ -116,6 +125,10 @@ def test_fsdp2_on_two_ranks():
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=int(sys.argv[1]), world_size=2)
     model, loader, loss_fn = make_model(), map(make_batch, range({STEPS})), torch.nn.functional.mse_loss
 {example}
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
     print("norm", optimizer.metrics.step, optimizer.metrics.grad_norm)
     torch.distributed.destroy_process_group()"""
     ranks = [
@@ -130,6 +143,20 @@ def test_fsdp2_on_two_ranks():
         _, step, norm = output.split()
         assert int(step) == STEPS
         assert float(norm) == pytest.approx(names["optimizer"].metrics.grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("example", "norm"), [(block("muon, adamw"), 2.0), (block("pytorch_optimizer"), 2**0.5)], ids=["two", "one"]
+)
+def test_muon_and_adamw(example, norm):
+    model = make_model()
+    matrices, others = [[p for p in model.parameters() if (p.ndim == 2) is choice] for choice in (True, False)]
+    names = ingredients(model=model, matrices=matrices, others=others, pytorch_optimizer=pytorch_optimizer)
+    exec(example, names)
+    for p in model.parameters():
+        set_gradients([p], 1.0)
+    names["optimizer"].step()
+    assert names["optimizer"].metrics.grad_norm == pytest.approx(norm)
 
 
 def test_the_engine_without_the_wrapper():
