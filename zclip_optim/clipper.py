@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zclip_optim.algorithm import NormStats, Scalar, ZClipConfig
 from zclip_optim.distributed import ProcessGroups, as_groups, as_param_groups, gradients_of
 from zclip_optim.fused import Kernels
-from zclip_optim.gradients import CHOICE, Gradients, ParamGroups, choices, refuse_unmeasurable
+from zclip_optim.gradients import CHOICE, Gradients, ParamGroups, ReportedNorm, choices, refuse_unmeasurable
 from zclip_optim.health import Health
 from zclip_optim.metrics import ClipMetrics, combine
 from zclip_optim.running import DeviceState, HostState, Verdict, refuse_meta
@@ -84,6 +84,33 @@ class ZClip:
         self.clip_(as_param_groups(model_or_parameters))
         return math.hypot(*(record.norm for record in self._wait_for_records()))
 
+    def decide(self, norm: float | Tensor) -> Any:
+        """Take a step for gradients that somebody else has measured and will scale, such as a sharded engine.
+
+        Args:
+            norm: of all gradients on all ranks, and the same on each of them: a number or a tensor of one element.
+
+        Returns:
+            The factor to scale the gradients with: 1.0 on most steps; on an accelerator a tensor of one element, for
+            which nothing was read. If `step_was_skipped`, which reads, the step must be left out instead.
+
+        Raises:
+            NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
+            ValueError: ``scope="group"``, for which one norm is not enough.
+
+        Example:
+            >>> clipper = ZClip(max_grad_norm=1.0)
+            >>> clipper.decide(4.0), clipper.metrics.grad_norm
+            (0.25, 4.0)
+        """
+        if self.config.scope != "global":
+            raise ValueError(
+                f"decide() takes the norm of all gradients: scope must be 'global', not {self.config.scope!r}"
+            )
+        reported = ReportedNorm(norm)
+        self._step(reported, reported.norms(), True, reported)
+        return reported.factor
+
     def clip_(self, param_groups: ParamGroups, *, new_step: bool = True, kernels: Kernels | None = None) -> bool:
         """Clip the gradients of param groups in place.
 
@@ -114,6 +141,9 @@ class ZClip:
             raise
         if (self.health.missing or not any(gradients.local)) and new_step:
             self.health.count_missing(gradients.are_missing(norms))
+        return self._step(gradients, norms, new_step, kernels)
+
+    def _step(self, gradients: Gradients, norms: Any, new_step: bool, kernels: Any) -> bool:
         state = self._state_for(gradients.device, len(norms))
         verdict = state.step(norms, self.config, new_step)
         if isinstance(state, DeviceState):

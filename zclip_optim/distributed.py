@@ -22,7 +22,7 @@ Groups: TypeAlias = tuple[Any, ...]  # of ProcessGroups, a class that not every 
 AVAILABLE = dist.is_available()  # a property of the build of torch
 PLAIN = {Parameter, Tensor, type(None)}
 NOT_SEEN = "keeps the gradients in buffers of its own, so their norm cannot be seen here"
-WITH_ITS_NORM = "zclip_optim.decide with the norm that it reports"
+WITH_ITS_NORM = "ZClip().decide with the norm that it reports"
 
 
 class Part(NamedTuple):

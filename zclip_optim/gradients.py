@@ -15,6 +15,7 @@ from zclip_optim.norm import (
     is_ordinary,
     real_values,
     stored_values,
+    wide_dtype,
 )
 
 ParamGroups: TypeAlias = Sequence[Mapping[str, Any]]
@@ -75,6 +76,47 @@ class Gradients:
             ask_others: whether every rank that has seen a bad norm calls this now, so that they can tell each other.
         """
         return describe_nonfinite(self.param_groups)
+
+
+class ReportedNorm(Gradients):
+    """The norm of gradients that somebody else has, who scales them and steps or leaves it.
+
+    Args:
+        norm: a number, or a tensor of one element.
+
+    Attributes:
+        factor: for the gradients, once it has been decided.
+    """
+
+    scale_themselves = True  # to `ZClip` its owner is like kernels, which are told to skip and not waited for
+
+    def __init__(self, norm: float | Tensor) -> None:
+        super().__init__([], "global")
+        self.norm, self.factor = norm, 1.0
+        if isinstance(norm, Tensor) and stays_on_device(norm):
+            self.device = norm.device
+
+    def norms(self) -> Any:
+        """The norm as it was reported."""
+        if self.device is None:
+            return [float(self.norm)]
+        return torch.as_tensor(self.norm).detach().reshape(1).to(wide_dtype(self.device))
+
+    def scale_(self, coefs: Any) -> None:
+        """Keep the coefficient."""
+        self.factor = coefs[0]
+
+    def can_be_scaled_one_by_one(self) -> bool:
+        """Not here."""
+        return False
+
+    def describe_nonfinite(self, *, ask_others: bool) -> str:
+        """That it is not known."""
+        return "not known where only a norm is reported"
+
+    def skip(self, flag: Tensor) -> bool:
+        """Its owner learns of it from `ZClip.step_was_skipped`."""
+        return True
 
 
 def choices(param_groups: Iterable[Mapping[str, Any]]) -> list[bool]:

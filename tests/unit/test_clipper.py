@@ -10,6 +10,7 @@ from reference import ReferenceZClip
 from torch import nn
 from training import backward, make_model, set_gradients
 
+import zclip_optim.gradients
 from zclip_optim import NonFiniteGradientError, ZClip, ZClipWarning
 
 
@@ -349,3 +350,48 @@ def test_arguments_are_validated():
 
 def test_repr_shows_the_hyperparameters():
     assert repr(ZClip(z_thresh=3)).startswith("ZClip(alpha=0.97, z_thresh=3.0, mode='zscore'")
+
+
+class TestReportedNorm:
+    """`decide`, for gradients that somebody else has."""
+
+    NORMS = (*[1.0, 1.1] * 15, 9.0, 1.05, math.nan, 1.0, 0.0, 1.1, math.inf, 1.0, 30.0)
+
+    @pytest.mark.parametrize("options", [{}, {"z_skip": 50.0}, {"max_grad_norm": 1.02}, {"nonfinite": "pass"}])
+    def test_it_is_the_step_of_gradients_of_this_norm(self, options):
+        stepping, deciding = ZClip(**options), ZClip(**options)
+        p = torch.nn.Parameter(torch.zeros(1))
+        for norm in self.NORMS:
+            p.grad = torch.tensor([norm], dtype=torch.float32)
+            stepping.step(p)
+            norm = torch.tensor(norm, dtype=torch.float32).item()
+            factor = deciding.decide(norm)
+            assert factor == deciding.metrics.clip_coef
+            assert repr(deciding.metrics) == repr(stepping.metrics)
+            assert deciding.step_was_skipped == stepping.step_was_skipped
+        assert deciding.state_dict() == stepping.state_dict()
+        assert deciding.metrics.clipped_steps > 0
+
+    def test_on_an_accelerator_nothing_is_read(self, monkeypatch):
+        monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: True)
+        on_host, on_device = ZClip(), ZClip()
+        factors = [on_device.decide(torch.tensor(norm)) for norm in self.NORMS]
+        monkeypatch.undo()
+        expected = [on_host.decide(torch.tensor(norm)) for norm in self.NORMS]
+        assert all(isinstance(factor, torch.Tensor) for factor in factors)
+        assert [float(factor) for factor in factors] == pytest.approx(expected, nan_ok=True)
+        assert on_device.metrics.skipped_steps == on_host.metrics.skipped_steps == 2
+        assert ZClip().decide(torch.ones((), device="meta")).device.type == "meta"
+
+    def test_what_is_not_finite_raises_if_told_to(self):
+        with pytest.raises(NonFiniteGradientError, match="the gradient norm is nan"):
+            ZClip(nonfinite="raise").decide(math.nan)
+        clipper = ZClip(max_consecutive_nonfinite=2)
+        with pytest.warns(ZClipWarning, match="for 1 steps in a row"):
+            clipper.decide(math.inf)
+        with pytest.raises(NonFiniteGradientError, match=r"for 2 in a row; .* not known where only a norm"):
+            clipper.decide(math.inf)
+
+    def test_it_is_one_norm(self):
+        with pytest.raises(ValueError, match="scope must be 'global', not 'group'"):
+            ZClip(scope="group").decide(1.0)
