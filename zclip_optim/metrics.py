@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
+from typing import Any
 
 from zclip_optim.state import StepRecord
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class ClipMetrics:
     """One optimizer step, as ZClip saw it. Norms are in gradient-norm units, counters in steps.
 
@@ -28,6 +29,8 @@ class ClipMetrics:
         skipped_steps: skipped steps so far.
         clip_rate: share of the steps after warm-up that were spikes, in [0, 1].
         consecutive_clipped: spikes in a row up to this step.
+
+    Two of them are equal if all their values are; NaN is equal to NaN here, as both say that there is no number.
 
     With ``scope="group"`` the metrics of the whole step have the total norms and, of all groups, the smallest
     `clip_coef` and the largest `z_score` and counters; `threshold`, `mean` and `std` are NaN, as only groups have them.
@@ -78,6 +81,16 @@ class ClipMetrics:
             clip_rate=min(1.0, stats.clipped_steps / steps) if steps > 0 else 0.0,
             consecutive_clipped=stats.streak,
         )
+
+    def __eq__(self, other: object) -> bool:
+        return self._values() == other._values() if isinstance(other, ClipMetrics) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def _values(self) -> tuple[Any, ...]:
+        """All values in a row, with None for NaN, which is not equal to itself."""
+        return tuple(None if value != value else value for value in astuple(self))
 
     def __repr__(self) -> str:
         values = (f"{name}={v:.4g}" if type(v) is float else f"{name}={v}" for name, v in asdict(self).items())

@@ -17,7 +17,7 @@ from torch import Tensor
 from zclip_optim.algorithm import Decision, Scalar, ZClipConfig, decide, where_for
 from zclip_optim.health import ZClipWarning
 from zclip_optim.norm import wide_dtype
-from zclip_optim.state import Counters, StepRecord
+from zclip_optim.state import Counters, StepRecord, was_skipped
 
 COMPILED_ON = ("cuda", "xpu")  # where torch.compile makes one kernel of what are some hundred tiny ones
 
@@ -84,7 +84,7 @@ def _begun(before: StepRecord, norm: Scalar, decided: Decision, skip: Scalar, re
 def _went_on(record: StepRecord, refused: Scalar) -> StepRecord:
     """The record after a further evaluation; what is not finite counts once per step."""
     before, norm, decision, failed, (skipped_steps, streak) = record
-    counters = Counters(skipped_steps + (refused & (record.skipped == 0)), streak + (refused & (failed == 0)))
+    counters = Counters(skipped_steps + (refused & (was_skipped(record) == 0)), streak + (refused & (failed == 0)))
     return StepRecord(before, norm, decision, refused | (failed != 0), counters)
 
 

@@ -8,7 +8,7 @@ step found it and whether the step `failed`; only of a step that did is the stre
 import math
 import reprlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from zclip_optim.algorithm import Decision, NormStats, Scalar
@@ -48,7 +48,7 @@ class StepRecord(NamedTuple):
     @property
     def skipped(self) -> Scalar:
         """Whether the optimizer was kept from stepping."""
-        return (self.decision.skip != 0) | (self.failed != 0)
+        return was_skipped(self)
 
     @property
     def nonfinite_streak(self) -> Scalar:
@@ -62,13 +62,18 @@ class StepRecord(NamedTuple):
     @classmethod
     def unpack(cls, row: Sequence[Scalar]) -> "StepRecord":
         """The inverse of `pack`."""
-        record: StepRecord = _rebuilt(_EXAMPLE, dict(zip(FIELDS, row, strict=True)))
+        record: StepRecord = _rebuilt(_EXAMPLE, iter(row))
         return record
 
     @classmethod
     def unpack_numbers(cls, row: Sequence[float]) -> "StepRecord":
         """The same with counts as the integers that they are, and flags as booleans."""
         return cls.unpack([kind(value) for kind, value in zip(FIELDS.values(), row, strict=True)])
+
+
+def was_skipped(record: StepRecord) -> Scalar:
+    """Whether the optimizer was kept from stepping; a function, as torch 2.6 cannot compile properties of a tuple."""
+    return (record.decision.skip != 0) | (record.failed != 0)
 
 
 def _leaves(values: tuple[Any, ...]) -> list[Any]:
@@ -82,14 +87,9 @@ def _names(record: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def _rebuilt(like: Any, named: Mapping[str, Any], prefix: str = "") -> Any:
-    """A tuple of the kind of `like`, with its values by their names."""
-    return type(like)(
-        *[
-            _rebuilt(value, named, f"{prefix}{name}.") if isinstance(value, tuple) else named[prefix + name]
-            for name, value in zip(like._fields, like, strict=True)
-        ]
-    )
+def _rebuilt(like: Any, row: Iterator[Any]) -> Any:
+    """A tuple of the kind of `like` with the next values of a row; torch 2.6 cannot compile `_make` or `_fields`."""
+    return type(like)(*[_rebuilt(value, row) if isinstance(value, tuple) else next(row) for value in like])
 
 
 _EXAMPLE = StepRecord.before_any(NormStats(), Counters())

@@ -1,4 +1,4 @@
-"""What a new user relies on: the two commands of the README, and that the package needs torch alone."""
+"""What a new user relies on: the two commands of the README, that the package needs torch alone, and its metadata."""
 
 import ast
 import configparser
@@ -17,6 +17,9 @@ import zclip_optim
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf8")
+CI = (ROOT / ".ci" / "run").read_text(encoding="utf8")
+DESCRIPTION = (ROOT / "DESCRIPTION.md").read_text(encoding="utf8")
+RELATIVE_LINK = r"\[[^\]]*\]\((?!https://)[^)]*\)"
 EXTRAS = ["lightning", "accelerate", "transformers", "matplotlib", "tensorboard", "tqdm", "zclip", "torch_optimizer"]
 
 
@@ -112,3 +115,43 @@ def test_readme_counts_the_optimizers_that_are_tested():
 def test_all_public_names_are_documented():
     for name in zclip_optim.__all__:
         assert name == "__version__" or getattr(zclip_optim, name).__doc__
+
+
+def test_the_page_on_an_index_is_part_of_the_readme():
+    """All but its last paragraph; a link into the repository, which leads nowhere from there, is left out."""
+    readme = re.sub(rf" \({RELATIVE_LINK}\)|, {RELATIVE_LINK}", "", README).strip().split("\n\n")
+    *parts, _ = DESCRIPTION.split("\n\n")
+    assert [part for part in parts if part not in readme] == []
+
+
+def test_the_page_on_an_index_has_no_relative_links():
+    assert setup_cfg()["metadata"]["long_description"] == "file: DESCRIPTION.md"
+    assert re.findall(RELATIVE_LINK, "![loss](benchmarks/loss.png)") == ["[loss](benchmarks/loss.png)"]
+    assert re.findall(RELATIVE_LINK, DESCRIPTION) == []
+    assert re.findall(r"^\[[^\]]*\]:|<\w+ [^>]*(?:src|href)=", DESCRIPTION, flags=re.MULTILINE) == []
+
+
+def test_project_urls_begin_with_the_homepage():
+    text = setup_cfg()["metadata"]["project_urls"]
+    urls = dict(line.split(" = ") for line in text.strip().splitlines() if not line.startswith("#"))
+    homepage = urls.pop("Homepage")
+    assert all(url.startswith(homepage + "/") for url in urls.values())
+
+
+def test_the_oldest_python_is_the_same_everywhere():
+    options, classifiers = setup_cfg()["options"], setup_cfg()["metadata"]["classifiers"]
+    minors = [int(minor) for minor in re.findall(r"Python :: 3\.(\d+)$", classifiers, flags=re.MULTILINE)]
+    assert minors == list(range(10, minors[-1] + 1))
+    assert options["python_requires"] == ">=3.10"
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf8")
+    assert 'target-version = "py310"' in pyproject
+    assert 'python_version = "3.10"' in pyproject
+    assert re.search(r"vermin .*--target=3\.10- zclip_optim$", CI, flags=re.MULTILINE)
+    assert "It needs Python 3.10 and PyTorch 2.6 or newer" in README
+
+
+def test_the_changelog_begins_with_what_is_to_come_or_with_this_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
+    first = re.findall(r"^## (.*)$", changelog, flags=re.MULTILINE)[0]
+    version = re.escape(zclip_optim.__version__)
+    assert re.fullmatch(rf"\[Unreleased\]|\[{version}\] - \d{{4}}-\d\d-\d\d", first)

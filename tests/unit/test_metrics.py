@@ -31,6 +31,30 @@ def test_repr_is_one_line_of_a_few_digits():
     )
 
 
+def test_records_of_the_same_step_are_equal():
+    """As tuples, which Python 3.12 compares, and field by field, as 3.13 does: NaN differs from itself only there."""
+
+    def after_one_step(norm):
+        model = make_model()
+        clipper = ZClip()
+        set_gradients(model.parameters(), norm)
+        clipper.step(model)
+        return clipper.metrics
+
+    metrics, twin, other = after_one_step(1.0), after_one_step(1.0), after_one_step(2.0)
+    assert math.isnan(metrics.z_score)
+    assert metrics == metrics
+    assert metrics == twin
+    assert {metrics, twin} == {metrics}
+    assert metrics != other
+    values = {name: getattr(metrics, name) for name in ClipMetrics.__dataclass_fields__}
+    for name, value in values.items():
+        again = float("nan") if value != value else value  # another NaN, as a device's are
+        assert ClipMetrics(**values | {name: again}) == metrics
+        assert ClipMetrics(**values | {name: -1.0}) != metrics
+    assert metrics != tuple(values.values())
+
+
 def test_counters_survive_resume():
     def make():
         model = make_model()

@@ -20,10 +20,12 @@ import zclip_optim.algorithm
 import zclip_optim.clipper
 import zclip_optim.gradients
 from zclip_optim import NonFiniteGradientError, ZClip, ZClipOptimizer, ZClipWarning, running
+from zclip_optim.algorithm import Decision, NormStats
 from zclip_optim.fused import Kernels
 from zclip_optim.gradients import scale_gradients_
 from zclip_optim.norm import SMALL, device_norm, gradient_norm
 from zclip_optim.running import DeviceState
+from zclip_optim.state import Counters, StepRecord
 
 READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
 CPU = torch.device("cpu")
@@ -612,15 +614,43 @@ def elements(gradient):
 
 
 class TestCompiling:
-    def test_the_compiled_decision_is_the_eager_one(self):
-        config = zclip_optim.algorithm.ZClipConfig(warmup_steps=3)
-        compiled = torch.compile(running._advance_in_place, fullgraph=True, backend="aot_eager")
-        states = [DeviceState(ZClip()._state.read(), CPU) for _ in range(2)]
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    @pytest.mark.parametrize("n_scopes", [1, 3])
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"z_skip": 6.0, "patience": 3, "alpha_down": 0.8, "max_grad_norm": 2.0}, {"nonfinite": "pass"}],
+        ids=["defaults", "options", "pass"],
+    )
+    def test_the_compiled_decision_is_the_eager_one(self, backend, n_scopes, options):
+        config = zclip_optim.algorithm.ZClipConfig(warmup_steps=3, **options)
+        torch.compiler.reset()
+        compiled = torch.compile(running._advance_in_place, fullgraph=True, dynamic=False, backend=backend)
+        states = [DeviceState(ZClip()._state.read() * n_scopes, CPU) for _ in range(2)]
         for norm in NORMS:
-            norms = torch.tensor([norm], dtype=torch.float64)
-            eager = running._advance_in_place(states[0].values, norms, config, True)
-            ours = compiled(states[1].values, norms, config, True)
-            torch.testing.assert_close((*ours, states[1].values), (*eager, states[0].values), equal_nan=True)
+            norms = norm * torch.linspace(1, 2, n_scopes, dtype=torch.float64)
+            for new_step in (True, False):
+                eager = running._advance_in_place(states[0].values, norms, config, new_step)
+                ours = compiled(states[1].values, norms, config, new_step)
+                torch.testing.assert_close((*ours, states[1].values), (*eager, states[0].values), equal_nan=True)
+
+    @pytest.mark.parametrize("new_step", [True, False])
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+    def test_tuples_are_only_built_and_unpacked(self, options, new_step, monkeypatch):
+        """Torch 2.6 compiles nothing else that a named tuple can do: no index, no slice, no method, no property."""
+        state = DeviceState(ZClip()._state.read(), CPU)
+        norms = torch.ones(1, dtype=torch.float64)
+        config = zclip_optim.algorithm.ZClipConfig(**options)
+
+        def refuse(*args):
+            raise AssertionError("torch 2.6 does not compile this")
+
+        for kind in (StepRecord, Counters, Decision, NormStats):
+            methods = [name for name in vars(kind) if name in ("_make", "_replace", "_asdict", "_fields")]
+            properties = [name for name, value in vars(kind).items() if isinstance(value, property)]
+            for name in (*methods, *properties):
+                monkeypatch.setattr(kind, name, property(refuse))
+            monkeypatch.setattr(kind, "__getitem__", refuse, raising=False)
+        running._advance_in_place(state.values, norms, config, new_step)
 
     def test_any_number_of_configurations(self, on_device, monkeypatch):
         compile_ = torch.compile
