@@ -9,7 +9,7 @@
 from zclip_optim.algorithm import NormStats, ZClipConfig, decide
 from zclip_optim.clipper import NonFiniteGradientError, ZClip
 from zclip_optim.health import ZClipWarning
-from zclip_optim.metrics import ClipMetrics
+from zclip_optim.metrics import ClipMetrics, ParameterNorm
 from zclip_optim.optimizer import ZClipOptimizer
 
 __version__ = "0.2.0"
@@ -18,6 +18,7 @@ __all__ = [
     "ClipMetrics",
     "NonFiniteGradientError",
     "NormStats",
+    "ParameterNorm",
     "ZClip",
     "ZClipConfig",
     "ZClipOptimizer",

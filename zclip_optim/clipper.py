@@ -6,16 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from zclip_optim.algorithm import NormStats, Scalar, ZClipConfig
-from zclip_optim.distributed import ProcessGroups, as_groups, as_param_groups, gradients_of
+from zclip_optim.distributed import Parameters, ProcessGroups, as_groups, as_param_groups, gradients_of
 from zclip_optim.fused import Kernels
 from zclip_optim.gradients import CHOICE, Gradients, ParamGroups, ReportedNorm, choices, refuse_unmeasurable
 from zclip_optim.health import Health
-from zclip_optim.metrics import ClipMetrics, combine
+from zclip_optim.metrics import ClipMetrics, ParameterNorm, combine, ranked
 from zclip_optim.running import DeviceState, HostState, Verdict, refuse_meta
-from zclip_optim.state import Counters, SavedState, StepRecord, from_flat, to_flat
+from zclip_optim.state import Counters, SavedState, StepRecord, fresh_records, from_flat, to_flat
 
 
 class NonFiniteGradientError(FloatingPointError):
@@ -38,7 +37,7 @@ class ZClip:
         step_was_skipped: whether the optimizer must not step: the last norm was NaN or infinite, or above `z_skip`.
 
     Example:
-        >>> model, clipper = nn.Linear(2, 1), ZClip(warmup_steps=2)
+        >>> model, clipper = torch.nn.Linear(2, 1), ZClip(warmup_steps=2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> for scale in (1.0, 1.1, 100.0):
         ...     optimizer.zero_grad()
@@ -56,7 +55,7 @@ class ZClip:
     def __init__(self, *, process_group: ProcessGroups = None, **options: Any) -> None:
         self.config = ZClipConfig(**options)
         self.process_groups = as_groups(process_group)
-        records = _fresh(SavedState([NormStats()], Counters()))
+        records = fresh_records(SavedState([NormStats()], Counters()))
         self.health = Health(self.config, records)
         self._state: HostState | DeviceState = HostState(records)
 
@@ -69,7 +68,7 @@ class ZClip:
     def __repr__(self) -> str:
         return repr(self.config).replace("ZClipConfig", "ZClip", 1)
 
-    def step(self, model_or_parameters: nn.Module | Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]) -> float:
+    def step(self, model_or_parameters: Parameters) -> float:
         """Clip the gradients in place.
 
         Args:
@@ -151,7 +150,7 @@ class ZClip:
         else:
             if verdict.coefs != state.unscaled:
                 gradients.scale_(verdict.coefs)
-            self.health.check(state.records)
+            self.health.check(state.records, gradients)
             may_step = not verdict.skip
         if not may_step:
             # Whether a rank gets here with kernels of its own depends on what it has read before: no collective then.
@@ -207,10 +206,8 @@ class ZClip:
     def _wait_for_records_of(self, n_scopes: int) -> list[StepRecord]:
         """One per scope; a param group that was added later starts afresh."""
         records = self._wait_for_records()
-        if len(records) != n_scopes:
-            new = StepRecord.before_any(NormStats(), records[0].counters)
-            records = (records + [new] * (n_scopes - len(records)))[:n_scopes]
-        return records
+        new = StepRecord.before_any(NormStats(), records[0].counters)
+        return (records + [new] * (n_scopes - len(records)))[:n_scopes]
 
     @property
     def step_was_skipped(self) -> bool:
@@ -227,6 +224,11 @@ class ZClip:
     def group_metrics(self) -> list[ClipMetrics]:
         """`ClipMetrics` of the last step, one per param group that it had; a single one unless ``scope="group"``."""
         return [ClipMetrics.of(record, self.config.warmup_steps) for record in self._wait_for_records()]
+
+    def norms_by_parameter(self, model_or_parameters: Parameters, limit: int | None = 10) -> list[ParameterNorm]:
+        """As `ZClipOptimizer.norms_by_parameter`, of what `step` takes; those of a module have its names."""
+        gradients = gradients_of(as_param_groups(model_or_parameters), self.config.scope, self.process_groups)
+        return ranked(gradients.norms_by_parameter(), limit)
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics as plain Python scalars; hyperparameters are not saved."""
@@ -253,7 +255,7 @@ class ZClip:
 
     def restore(self, saved: SavedState | None) -> None:
         """Take over a parsed state; None starts afresh."""
-        records = _fresh(saved or SavedState([NormStats()], Counters()))
+        records = fresh_records(saved or SavedState([NormStats()], Counters()))
         if len(records) == self._state.n_scopes:
             self._state.write(records)
         else:
@@ -280,7 +282,3 @@ class ZClip:
         if self.config.scope == "group":
             return [to_flat(record, "group") for record in self._wait_for_records_of(n_groups)]
         return [to_flat(self._wait_for_records()[0], "global")] * n_groups
-
-
-def _fresh(saved: SavedState) -> list[StepRecord]:
-    return [StepRecord.before_any(stats, saved.counters) for stats in saved.stats]

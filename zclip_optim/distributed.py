@@ -14,10 +14,11 @@ from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
 from zclip_optim.algorithm import Scalar
-from zclip_optim.gradients import Gradients, ParamGroups, local_tensor
-from zclip_optim.norm import device_norm, gradient_norm, wide_dtype
+from zclip_optim.gradients import Gradients, ParamGroups, local_tensor, named_params
+from zclip_optim.norm import wide_dtype
 
 ProcessGroups: TypeAlias = "dist.ProcessGroup | Sequence[dist.ProcessGroup] | None"
+Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]
 Groups: TypeAlias = tuple[Any, ...]  # of ProcessGroups, a class that not every build of torch has
 AVAILABLE = dist.is_available()  # a property of the build of torch
 PLAIN = {Parameter, Tensor, type(None)}
@@ -89,6 +90,8 @@ class ShardedGradients(Gradients):
         process_groups: groups over which squared norms are summed; None if nothing was said about it.
     """
 
+    are_all_here = False
+
     def __init__(self, param_groups: ParamGroups, scope: str, process_groups: Groups | None) -> None:
         super().__init__(param_groups, scope)
         self.local = [[local_tensor(gradient) for gradient in gradients] for gradients in self.local]
@@ -104,14 +107,34 @@ class ShardedGradients(Gradients):
         squares: defaultdict[tuple[int, Groups], Scalar] = defaultdict(float)
         for i, groups in enumerate(self.scopes):
             for part in split_gradients(groups, self._process_groups):
-                norm = self._local_norm(part.gradients)
+                norm = self._norm_of(part.gradients)
                 squares[i, part.groups] += norm * norm / part.copies
         sums, self._reduced = sum_over_groups(squares, self._process_groups or (), _device_of(self.param_groups))
         norms = [sums[i] ** 0.5 for i in range(len(self.scopes))]
         return norms if self.device is None else torch.stack(norms)
 
-    def _local_norm(self, gradients: list[Tensor]) -> Scalar:
-        return gradient_norm(gradients) if self.device is None else device_norm(gradients, self.device)
+    def norms_by_parameter(self) -> list[tuple[str, float]]:
+        """The same over all ranks, for parameters that have a gradient on any of them; every rank must call it.
+
+        One all-reduce for each mesh, or group of FSDP1's, that holds shards, of two numbers per parameter: its squared
+        norm, and on how many ranks it has a gradient. The ranks of `process_groups` may hold other parameters: what is
+        added up there goes by name.
+        """
+        last = self._process_groups or ()
+        named = list(named_params(self.param_groups))
+        squares: defaultdict[tuple[int, Groups], Scalar] = defaultdict(float)
+        seen: set[int] = set()
+        for i, (_, p, group) in enumerate(named):
+            is_new = p.grad is not None and id(p.grad) not in seen  # a rank where it is not joins with zeros
+            seen.add(id(p.grad))
+            for part in split_gradients([{**group, "params": [p]}], self._process_groups):
+                groups, norm = part.groups[: len(part.groups) - len(last)], self._norm_of(part.gradients)
+                squares[2 * i, groups] += norm * norm / part.copies if is_new else 0.0
+                squares[2 * i + 1, groups] += float(is_new)
+        sums, _ = sum_over_groups(squares, (), _device_of(self.param_groups))
+        numbers = iter(self._read([sums[i] for i in range(2 * len(named))]))
+        found = [(name, square) for (name, _, _), square, held in zip(named, numbers, numbers, strict=True) if held]
+        return [(name, math.sqrt(square)) for name, square in add_by_name(found, last)]
 
     def are_missing(self, norms: Any) -> bool | None:
         """The same; None if none has one here and only the device knows of the others."""
@@ -259,6 +282,16 @@ def _all_reduce(values: list[Scalar], group: Any, device: torch.device) -> list[
     return sums.tolist()
 
 
+def add_by_name(values: list[tuple[str, float]], groups: Groups) -> list[tuple[str, float]]:
+    """The sums, over the ranks of `groups`, of the values of the same name. Every rank of these groups must call it."""
+    for group in groups:
+        sums: defaultdict[str, float] = defaultdict(float)
+        for name, value in itertools.chain(*_gather(values, group)):
+            sums[name] += value
+        values = list(sums.items())
+    return values
+
+
 def groups_that_know(reduced: Reduced) -> Groups:
     """The groups over which a sum was not finite, all of whose ranks have therefore seen that it was not."""
     return tuple(group for group, sums in reduced if not all(map(math.isfinite, sums)))
@@ -272,10 +305,14 @@ def join_descriptions(description: str, groups: Groups) -> str:
     """What the ranks of `groups` have to say, by rank. Every rank of these groups must call it."""
     said = {dist.get_rank(): description} if description else {}
     for group in groups:
-        gathered: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, said, group=group)
-        said = {rank: text for ranks in gathered for rank, text in ranks.items()}
+        said = {rank: text for ranks in _gather(said, group) for rank, text in ranks.items()}
     return "; ".join(f"rank {rank}: {text}" for rank, text in sorted(said.items()))
+
+
+def _gather(value: Any, group: Any) -> list[Any]:
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
 
 
 def fsdp_groups(model: nn.Module) -> dict[Tensor, Groups]:
@@ -293,7 +330,7 @@ def fsdp_groups(model: nn.Module) -> dict[Tensor, Groups]:
     return {p: groups[p] for p in flattened}
 
 
-def as_param_groups(model_or_parameters: Any) -> ParamGroups:
+def as_param_groups(model_or_parameters: Parameters) -> ParamGroups:
     """A model, parameters or param groups as param groups, those of FSDP1 with the groups that hold their shards.
 
     Raises:

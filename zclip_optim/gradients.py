@@ -34,7 +34,10 @@ class Gradients:
         device: the accelerator that a step stays on, that of the first parameter; None for the CPU.
         scopes: the param groups that have a norm together.
         local: the gradients of each scope, or what this process has of them.
+        are_all_here: whether no other process can have elements of them.
     """
+
+    are_all_here = True
 
     def __init__(self, param_groups: ParamGroups, scope: str) -> None:
         self.param_groups = [group for group in param_groups if group.get(CHOICE, True)]
@@ -68,6 +71,30 @@ class Gradients:
             return False
         held = sum([p.grad is not None for group in self.param_groups for p in group["params"]])
         return len(self.local) == 1 and len(self.local[0]) == held
+
+    def norms_by_parameter(self) -> list[tuple[str, float]]:
+        """Name or position, and the L2 norm of its gradient, of each parameter that has one; tied gradients once."""
+        return self.norms_here(self.param_groups)
+
+    def norms_here(self, param_groups: ParamGroups) -> list[tuple[str, float]]:
+        """The same of what this process has of the gradients of some of the groups."""
+        chosen, names, gradients = set(map(id, param_groups)), [], {}
+        for name, p, group in named_params(self.param_groups):
+            if p.grad is not None and id(group) in chosen and id(p.grad) not in gradients:
+                names.append(name)
+                gradients[id(p.grad)] = local_tensor(p.grad)
+        norms = self._read([self._norm_of([gradient]) for gradient in gradients.values()])
+        return list(zip(names, norms, strict=True))
+
+    def _norm_of(self, gradients: list[Tensor]) -> Scalar:
+        return gradient_norm(gradients) if self.device is None else device_norm(gradients, self.device)
+
+    def _read(self, values: list[Scalar]) -> list[float]:
+        """Numbers, or tensors on the device in one transfer."""
+        if self.device is None or not values:
+            return values
+        dtype = wide_dtype(self.device)
+        return torch.stack([torch.as_tensor(v, dtype=dtype, device=self.device) for v in values]).tolist()
 
     def describe_nonfinite(self, *, ask_others: bool) -> str:
         """The parameters whose gradients hold NaN or infinities; empty if there are none.
@@ -198,13 +225,18 @@ def describe_nonfinite(param_groups: ParamGroups, limit: int = 10) -> str:
     return ", ".join(found[:limit]) + more
 
 
-def _named_gradients(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name or position, parameter, and what this process has of its gradient."""
+def named_params(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
+    """Name or position, parameter, and its group."""
     for i, group in enumerate(param_groups):
         for j, p in enumerate(group["params"]):
-            if p.grad is not None:
-                name = group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]"
-                yield name, p, local_tensor(p.grad)
+            yield group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]", p, group
+
+
+def _named_gradients(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name or position, parameter, and what this process has of its gradient."""
+    for name, p, _ in named_params(param_groups):
+        if p.grad is not None:
+            yield name, p, local_tensor(p.grad)
 
 
 def refuse_unmeasurable(param_groups: ParamGroups, error: Exception) -> None:

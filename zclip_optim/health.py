@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from zclip_optim.algorithm import NormStats, ZClipConfig
+from zclip_optim.gradients import Gradients
+from zclip_optim.metrics import ranked
 from zclip_optim.state import StepRecord
 
 WINDOW = 200  # steps
@@ -17,7 +19,8 @@ NO_SPREAD = 1e-5  # relative; below it norms are equal but for rounding
 NOTHING = math.ulp(0.0)  # smaller than any norm but 0
 EQUAL_SHARE = 0.2  # of the norms of a window, which are equal to the largest one
 WITHOUT_GRADIENTS = 20  # steps in a row
-CLIPPED_BEFORE = "clipped before"
+LARGEST = 3  # parameters that a warning names
+CLIPPED_BEFORE, CLIP_RATE = "clipped before", "clip rate"
 HIDDEN = (
     "were clipped before they got here, which hides every spike. Turn that clipping off (a trainer's max_grad_norm or "
     "gradient_clip_val, clip_grad_norm_ in a loop)"
@@ -56,8 +59,13 @@ class Health:
         self._largest = [NOTHING] * len(records)  # norm of the window, but for rounding
         self._as_large = [0] * len(records)  # norms equal to it
 
-    def check(self, records: Sequence[StepRecord]) -> None:
-        """Warn if what has happened since the records that were checked before gives reason to."""
+    def check(self, records: Sequence[StepRecord], gradients: Gradients | None = None) -> None:
+        """Warn if what has happened since the records that were checked before gives reason to.
+
+        Args:
+            records: one per scope.
+            gradients: those of the step, if they are at hand: a warning can then name parameters.
+        """
         if records is self._seen:
             return
         for scope, record in enumerate(records):
@@ -65,7 +73,7 @@ class Health:
             if record.norm >= self._largest[scope]:
                 self._count_largest(scope, record.norm)
             if new.step >= self._next_check[scope] or new.streak > self._patience:
-                self._check_scope(scope, self._seen[scope].decision.stats, new)
+                self._check_scope(scope, self._seen[scope].decision.stats, new, gradients)
         if records[0].failed:
             self._check_nonfinite(records[0].nonfinite_streak)
         self._seen = records
@@ -77,13 +85,13 @@ class Health:
             self._largest[scope], self._as_large[scope] = norm * (1 - NO_SPREAD), 0
         self._as_large[scope] += 1
 
-    def _check_scope(self, scope: int, old: NormStats, new: NormStats) -> None:
+    def _check_scope(self, scope: int, old: NormStats, new: NormStats, gradients: Gradients | None) -> None:
         if old.step < self._warmup <= new.step:
             self._check_warm_up(scope, new)
         if old.streak <= self._patience < new.streak:
             self._warn_of_regime(scope, new)
         if new.step - self._window_starts[scope].step >= WINDOW:
-            self._check_clip_rate(scope, new)
+            self._check_clip_rate(scope, new, gradients)
         self._next_check[scope] = self._next_step_to_check(scope, new)
 
     def _next_step_to_check(self, scope: int, now: NormStats) -> int:
@@ -145,18 +153,27 @@ class Health:
                 f"larger: probably they {HIDDEN}",
             )
 
-    def _check_clip_rate(self, scope: int, new: NormStats) -> None:
+    def _check_clip_rate(self, scope: int, new: NormStats, gradients: Gradients | None) -> None:
         """At the end of a window, where the next one starts."""
         start, self._window_starts[scope] = self._window_starts[scope], new
         steps, clipped = new.step - start.step, new.clipped_steps - start.clipped_steps
         self._check_largest(scope, steps)
-        if clipped > HIGH_CLIP_RATE * steps:
+        if clipped > HIGH_CLIP_RATE * steps and CLIP_RATE not in self._said:
             self.warn(
-                "clip rate",
+                CLIP_RATE,
                 f"{clipped} of the last {steps} steps{self._where(scope)} were clipped, at step {new.step}: the "
                 f"learning rate may be too high, or z_thresh={self.config.z_thresh:.3g} too low for the spread of "
-                f"these norms (mean {new.mean:.4g}, std {new.var**0.5:.4g}){self._advice()}",
+                f"these norms (mean {new.mean:.4g}, std {new.var**0.5:.4g}); "
+                f"{self._largest_parameters(scope, new, gradients)}{self._advice()}",
             )
+
+    def _largest_parameters(self, scope: int, new: NormStats, gradients: Gradients | None) -> str:
+        """Of a step that was clipped, in this process: ranks that do not warn would not join a collective."""
+        if gradients is None or not new.streak:
+            return "norms_by_parameter() after a clipped step names the parameters with the largest norms"
+        norms = ranked(gradients.norms_here(gradients.scopes[scope]), LARGEST)
+        where = "" if gradients.are_all_here else " in this process"
+        return f"largest in this step{where}: " + ", ".join(f"{each.name} {each.share:.0%}" for each in norms)
 
     def _advice(self) -> str:
         if self.config.patience is not None:

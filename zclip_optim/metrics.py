@@ -1,9 +1,10 @@
-"""What one step did, as plain Python numbers."""
+"""What one step did, and where its norm comes from, as plain Python numbers."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
-from typing import Any
+from numbers import Integral
+from typing import Any, NamedTuple
 
 from zclip_optim.state import StepRecord
 
@@ -131,3 +132,46 @@ def combine(groups: Sequence[ClipMetrics]) -> ClipMetrics:
         clip_rate=max(m.clip_rate for m in groups),
         consecutive_clipped=max(m.consecutive_clipped for m in groups),
     )
+
+
+class ParameterNorm(NamedTuple):
+    """The gradient norm of one parameter.
+
+    Args:
+        name: of the parameter, or its position in the param groups.
+        norm: L2 norm of its gradient, in gradient-norm units, >= 0; NaN or infinite if the gradient is not finite.
+        share: of the squared norm of all parameters, in [0, 1]; they sum to 1. NaN if `norm` is not finite; the shares
+            of the others are then those among themselves.
+
+    Example:
+        >>> norms = [ParameterNorm("weight", 3.0, 0.9), ParameterNorm("bias", 1.0, 0.1)]
+        >>> {each.name: each.share for each in norms}
+        {'weight': 0.9, 'bias': 0.1}
+    """
+
+    name: str
+    norm: float
+    share: float
+
+
+def ranked(norms: Sequence[tuple[str, float]], limit: int | None) -> list[ParameterNorm]:
+    """The first `limit` of parameters: those whose norm is not finite before the others, the largest first.
+
+    Raises:
+        ValueError: `limit` is neither None nor an integer >= 1.
+    """
+    refuse_unless_count("limit", limit)
+    largest = max((norm for _, norm in norms if math.isfinite(norm)), default=0.0) or 1.0  # whose square may overflow
+    total = math.fsum((norm / largest) ** 2 for _, norm in norms if math.isfinite(norm)) or 1.0
+    found = [
+        ParameterNorm(name, norm, (norm / largest) ** 2 / total if math.isfinite(norm) else math.nan)
+        for name, norm in norms
+    ]
+    found.sort(key=lambda each: each.norm if math.isfinite(each.norm) else math.inf, reverse=True)
+    return found[:limit]
+
+
+def refuse_unless_count(name: str, value: Any) -> None:
+    """Raise ValueError for an argument that is neither None nor an integer >= 1."""
+    if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1):
+        raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")

@@ -23,7 +23,7 @@ from zclip_optim.distributed import (
 )
 from zclip_optim.fused import Kernels
 from zclip_optim.gradients import CHOICE, choices, collect_gradients, zero_gradients_
-from zclip_optim.metrics import ClipMetrics
+from zclip_optim.metrics import ClipMetrics, ParameterNorm
 from zclip_optim.stages import STAGES, StagedStep
 from zclip_optim.state import SavedState
 
@@ -196,6 +196,36 @@ class ZClipOptimizer(Optimizer):
         """The wrapped optimizers; a list of one, unless several were given."""
         base = self.base_optimizer
         return base.parts if isinstance(base, Chain) else [base]
+
+    def norms_by_parameter(self, limit: int | None = 10) -> list[ParameterNorm]:
+        """The norms of single parameters that make up the gradient norm, of the gradients at hand.
+
+        After a step these are the scaled ones; the shares are the same. Nothing is measured before this is called; it
+        reads every gradient once and on accelerators waits for the device. In a distributed run every rank must call
+        it, and gets the same list. Over the groups of `process_group` the squared norms of parameters of the same name
+        are added: pipeline stages, which hold different parameters, need an optimizer made with `named_parameters()`.
+
+        Args:
+            limit: the length of the list, in parameters, >= 1; None for all of them.
+
+        Returns:
+            `ParameterNorm(name, norm, share)` of the parameters that have a gradient, those of NaN or infinite norm
+            first, then the largest first. The names are those of an optimizer made with `named_parameters()`, else
+            positions such as "param_groups[0]['params'][1]"; tied gradients come once.
+
+        Raises:
+            ValueError: `limit` is out of its range.
+
+        Example:
+            >>> model = torch.nn.Linear(3, 1)
+            >>> optimizer = ZClipOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1))
+            >>> model(torch.ones(1, 3)).sum().backward()
+            >>> for name, norm, share in optimizer.norms_by_parameter():
+            ...     print(f"{name}: {norm:.3f}, {share:.0%}")
+            weight: 1.732, 75%
+            bias: 1.000, 25%
+        """
+        return self.clipper.norms_by_parameter(self.param_groups, limit)
 
     # The base optimizer replaces these objects when it loads a checkpoint, and trainers assign them: never aliases.
 

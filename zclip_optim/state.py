@@ -103,6 +103,11 @@ class SavedState(NamedTuple):
     counters: Counters
 
 
+def fresh_records(saved: SavedState) -> list[StepRecord]:
+    """One per scope, where a run begins or goes on."""
+    return [StepRecord.before_any(stats, saved.counters) for stats in saved.stats]
+
+
 def to_flat(record: StepRecord, scope: str) -> dict[str, Any]:
     """What one param group carries: the statistics that apply to it, and the counters."""
     counters = Counters(record.counters.skipped_steps, record.nonfinite_streak)

@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.training.llama import LanguageModel, ModelConfig
-from zclip_optim import ZClipOptimizer
+from zclip_optim import ZClip, ZClipOptimizer
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -120,6 +120,27 @@ def test_group_statistics_travel_together(ranks):
     groups = [{"params": list(block.parameters())} for block in model.blocks]
     optimizer = ZClipOptimizer(torch.optim.SGD(groups, lr=0.1), scope="group")
     assert collectives_of(optimizer.step) == [Collective("allreduce_", len(groups) * SCALAR)]
+
+
+@pytest.mark.parametrize("ranks", [1024], indirect=True)
+@pytest.mark.parametrize(("strategy", "expected"), [(hybrid, 1), (tensor_parallel, 2)])
+def test_norms_by_parameter_travel_together(ranks, strategy, expected):
+    model = sharded_model(SMALL, strategy, ranks)
+    optimizer = ZClipOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1))
+    collectives = collectives_of(lambda: optimizer.norms_by_parameter(None))
+    assert [one.op for one in collectives] == expected * ["allreduce_"]
+    assert sum(one.bytes for one in collectives) == 2 * SCALAR * len(list(model.parameters()))
+    held = {name: math.sqrt(p.to_local().numel()) for name, p in model.named_parameters()}
+    assert {each.name: each.norm for each in optimizer.norms_by_parameter(None)} == pytest.approx(held)
+
+
+@pytest.mark.parametrize("ranks", [8], indirect=True)
+def test_replicas_count_once_in_norms_by_parameter(ranks):
+    mesh = init_device_mesh("cpu", (2, 2, 2))
+    p = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, [Shard(0), Shard(1), Replicate()]))
+    p.grad = torch.ones_like(p)
+    (each,) = ZClip().norms_by_parameter(p)
+    assert each.norm == pytest.approx(math.sqrt(4 / 2))  # of two replicas' sum, the fake all-reduce leaves one
 
 
 @pytest.mark.parametrize("ranks", [1024], indirect=True)

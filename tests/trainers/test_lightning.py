@@ -96,7 +96,7 @@ class MemoryLogger(Logger):
         pass
 
     def log_metrics(self, metrics, step):
-        self.rows[step] = metrics
+        self.rows.setdefault(step, {}).update(metrics)
 
 
 def fit(module, callbacks, data=None, ckpt_path=None, logger=False, **options):
@@ -331,11 +331,60 @@ class TestLogging:
         fit(Module(), [ZClipCallback()], logger=False, **options)
         assert len(reads) == STEPS // accumulate // 5
 
+    @pytest.mark.parametrize("every", [1, 5])
+    def test_the_largest_shares_of_the_last_clipped_step_are_logged_once(self, every):
+        logger = MemoryLogger()
+        fit(Module(), [ZClipCallback(log_parameters=3, **OPTIONS)], logger=logger, log_every_n_steps=every)
+        model, seen = make_model(), []
+        optimizer = ZClipOptimizer(adamw([("net." + name, p) for name, p in model.named_parameters()]), **OPTIONS)
+        for x, y in batches():
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+            seen.append(optimizer.norms_by_parameter(3) if optimizer.metrics.clipped else None)
+        assert sum(each is not None for each in seen) == optimizer.metrics.clipped_steps > 1
+        assert list(logger.rows) == list(range(every - 1, STEPS, every))
+        for step, row in logger.rows.items():
+            clipped = [each for each in seen[step + 1 - every : step + 1] if each is not None]
+            expected = {f"zclip/share/{each.name}": each.share for each in clipped[-1]} if clipped else {}
+            assert {key: value for key, value in row.items() if "share" in key} == pytest.approx(expected)
+
+    def test_shares_of_several_optimizers_that_zero_their_gradients_at_once(self):
+        class Zeroes(TwoOptimizers):
+            def training_step(self, batch, batch_idx):
+                super().training_step(batch, batch_idx)
+                for optimizer in self.optimizers():
+                    optimizer.zero_grad()
+
+        logger = MemoryLogger()
+        callback = ZClipCallback(log_parameters=1, **OPTIONS)
+        trainer = fit(Zeroes(), [callback], logger=logger)
+        keys = {key for row in logger.rows.values() for key in row if "share" in key}
+        assert {key.rsplit(".", 1)[0] for key in keys} == {"zclip/0/share/net.0", "zclip/1/share/net.2"}
+        assert not any(optimizer._optimizer_step_post_hooks for optimizer in trainer.optimizers)
+
+    def test_shares_of_parameters_that_the_optimizer_names_itself(self):
+        def named(optimizer):
+            return ZClipOptimizer(adamw([(f"mine{i}", p) for i, p in enumerate(optimizer)]), **OPTIONS)
+
+        logger = MemoryLogger()
+        fit(Module(list, named), [ZClipCallback(log_parameters=1)], logger=logger)
+        keys = {key for row in logger.rows.values() for key in row if "share" in key}
+        assert keys
+        assert all(key.startswith("zclip/share/mine") for key in keys)
+
+    @pytest.mark.parametrize("log_parameters", [None, 2])
+    def test_shares_cost_a_read_per_step_and_only_if_asked_for(self, log_parameters, monkeypatch):
+        reads, metrics = [], ZClipOptimizer.metrics
+        monkeypatch.setattr(ZClipOptimizer, "metrics", property(lambda self: reads.append(1) or metrics.fget(self)))
+        fit(Module(), [ZClipCallback(log_parameters=log_parameters)], logger=MemoryLogger(), log_every_n_steps=5)
+        assert len(reads) == STEPS // 5 + (0 if log_parameters is None else STEPS)
+
     def test_the_file_of_the_csv_logger_can_be_plotted(self, tmp_path):
-        fit(Module(), [ZClipCallback(**OPTIONS)], logger=CSVLogger(tmp_path))
+        fit(Module(), [ZClipCallback(log_parameters=2, **OPTIONS)], logger=CSVLogger(tmp_path))
         path = next(tmp_path.rglob("metrics.csv"))
         header = path.read_text(encoding="utf8").splitlines()[0].split(",")
-        assert {"step", "train_loss", *(f"zclip/{key}" for key in KEYS)} <= set(header)
+        assert {"step", "train_loss", "zclip/share/net.0.weight", *(f"zclip/{key}" for key in KEYS)} <= set(header)
         loss, norm = plot_history(path).axes
         assert list(loss.lines[0].get_xdata()) == list(range(STEPS))
         labels = [text.get_text() for text in norm.get_legend().get_texts()]
@@ -353,6 +402,8 @@ class TestArguments:
             ZClipCallback(alpha=2)
         with pytest.raises(TypeError, match="z_treshold"):
             ZClipCallback(z_treshold=2)
+        with pytest.raises(ValueError, match=r"^log_parameters must be an integer >= 1 or None, got 0$"):
+            ZClipCallback(log_parameters=0)
 
 
 class TestFabric:

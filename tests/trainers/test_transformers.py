@@ -46,7 +46,9 @@ def wrapped(model):
     return ZClipOptimizer(adamw(model), **OPTIONS)
 
 
-def make_trainer(path, make_optimizer=wrapped, callbacks=(), callback=ZClipCallback, attach=True, **options):
+def make_trainer(
+    path, make_optimizer=wrapped, callbacks=(), callback=ZClipCallback, attach=True, log_parameters=None, **options
+):
     model = make_model()
     arguments = {
         "max_steps": STEPS,
@@ -67,7 +69,7 @@ def make_trainer(path, make_optimizer=wrapped, callbacks=(), callback=ZClipCallb
         callbacks=[*callbacks] if attach else [callback(), *callbacks],
     )
     if attach:
-        callback.attach(trainer)
+        callback.attach(trainer, log_parameters=log_parameters)
     return trainer
 
 
@@ -162,6 +164,53 @@ def test_metrics_are_read_when_the_trainer_logs_and_not_else(tmp_path, monkeypat
     monkeypatch.setattr(ZClipOptimizer, "metrics", property(lambda self: reads.append(1) or metrics.fget(self)))
     train(tmp_path, logging_steps=5)
     assert len(reads) == STEPS // 5
+
+
+class LooksAtNorms(TrainerCallback):
+    """What the shares should be: those of the scaled gradients, by the names of the model."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
+        squares = {name: p.grad.double().square().sum().item() for name, p in model.named_parameters()}
+        largest = sorted(squares, key=squares.get, reverse=True)[:3]
+        shares = {f"zclip/share/{name}": squares[name] / sum(squares.values()) for name in largest}
+        self.seen.append(shares if optimizer.optimizer.metrics.clipped else None)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 5])
+def test_the_largest_shares_of_the_last_clipped_step_are_logged_once(logging_steps, tmp_path):
+    looks = LooksAtNorms()
+    trainer = train(tmp_path, callbacks=[looks], log_parameters=3, logging_steps=logging_steps)
+    *rows, summary = trainer.state.log_history
+    assert sum(each is not None for each in looks.seen) == zclip(trainer).metrics.clipped_steps > 1
+    for row, start in zip(rows, range(0, STEPS, logging_steps), strict=True):
+        clipped = [each for each in looks.seen[start : start + logging_steps] if each is not None]
+        shares = {key: value for key, value in row.items() if "share" in key}
+        assert shares == pytest.approx(clipped[-1] if clipped else {})
+    assert not any("share" in key for key in summary)
+
+
+def test_shares_are_off_by_default_and_leave_nothing_behind(tmp_path):
+    trainer = train(tmp_path)
+    assert zclip(trainer).metrics.clipped_steps > 0
+    assert not any("share" in key for row in trainer.state.log_history for key in row)
+    trainer = train(tmp_path, log_parameters=2)
+    assert any("zclip/share/transformer.wte.weight" in row for row in trainer.state.log_history)
+    assert not zclip(trainer)._optimizer_step_post_hooks
+
+
+def test_shares_reach_the_loggers(tmp_path):
+    train(tmp_path, log_parameters=2, report_to="tensorboard", logging_steps=5)
+    events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent)).Reload()
+    assert events.Scalars("train/zclip/share/transformer.wte.weight")
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, True, "5"])
+def test_log_parameters_out_of_range_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"^log_parameters must be an integer >= 1 or None, got"):
+        ZClipCallback(log_parameters=wrong)
 
 
 def test_save_and_resume_bit_for_bit(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from training import set_gradients
 
+import zclip_optim.gradients
 from zclip_optim import ZClip, ZClipOptimizer, ZClipWarning
 
 
@@ -47,6 +48,64 @@ def test_many_clipped_steps():
 def test_as_many_as_a_fifth_of_the_steps_is_no_reason():
     norms = [norm * (10.0 if i % 5 == 4 and i > 200 else 1.0) for i, norm in enumerate(noise(900))]
     assert messages(norms, z_thresh=5.0, alpha=0.99) == []
+
+
+class TestTheParametersOfManyClippedSteps:
+    """In the first 200 steps; the last of them is clipped or not."""
+
+    def message(self, last=40.0):
+        params = [(name, nn.Parameter(torch.zeros(1))) for name in ("a", "b", "c", "d")]
+        groups = [{"params": params[:1]}, {"params": params[1:]}]
+        optimizer = ZClipOptimizer(torch.optim.SGD(groups, lr=0.0))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for norm in noise(60) + noise(139, level=40.0) + [last] + noise(400, level=40.0):
+                for size, (_, p) in zip((5.0, 3.0, 1.0, 0.9), params, strict=True):
+                    p.grad = torch.tensor([size * norm])
+                optimizer.step()
+        return [str(warning.message) for warning in caught]
+
+    def test_are_named_if_the_step_is_clipped(self):
+        (message,) = self.message()
+        assert "at step 200" in message
+        assert "); largest in this step: a 70%, b 25%, c 3%. Or they have risen" in message
+
+    def test_are_those_of_the_group(self):
+        groups = [{"params": [nn.Parameter(torch.zeros(1)) for _ in range(2)]} for _ in range(2)]
+        clipper, first, second = ZClip(scope="group"), noise(200), noise(60) + noise(140, level=40.0)
+        with pytest.warns(ZClipWarning, match="in param group 1 were clipped") as caught:
+            for norms in zip(first, second, strict=True):
+                for group, norm in zip(groups, norms, strict=True):
+                    for size, p in zip((1.0, 3.0), group["params"], strict=True):
+                        p.grad = torch.tensor([size * norm])
+                clipper.step(groups)
+        expected = "; largest in this step: param_groups[1]['params'][1] 90%, param_groups[1]['params'][0] 10%. Or"
+        assert expected in str(caught[0].message)
+
+    def test_are_to_be_asked_for_if_the_step_is_not_clipped(self):
+        (message,) = self.message(last=1.0)
+        assert "; norms_by_parameter() after a clipped step names the parameters with the largest norms. Or" in message
+
+    def test_are_to_be_asked_for_on_an_accelerator(self, monkeypatch):
+        monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda tensor: True)
+        p = nn.Parameter(torch.zeros(30))
+        optimizer = ZClipOptimizer(torch.optim.SGD([p], lr=0.0))
+        for norm in noise(60) + noise(140, level=40.0):
+            set_gradients([p], norm)
+            optimizer.step()
+        with pytest.warns(ZClipWarning, match=r"; norms_by_parameter\(\) after a clipped step names"):
+            assert optimizer.metrics.clipped
+
+    def test_are_measured_once_and_only_for_the_warning(self, monkeypatch):
+        asked, norms_here = [], zclip_optim.gradients.Gradients.norms_here
+        monkeypatch.setattr(
+            zclip_optim.gradients.Gradients, "norms_here", lambda *args: asked.append(1) or norms_here(*args)
+        )
+        assert len(self.message()) == 1
+        assert len(asked) == 1
+        messages(noise(1000))
+        messages([norm * (10.0 if i % 5 == 4 and i > 200 else 1.0) for i, norm in enumerate(noise(900))], z_thresh=5.0)
+        assert len(asked) == 1
 
 
 def test_a_streak_longer_than_patience():

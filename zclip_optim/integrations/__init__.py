@@ -1,5 +1,10 @@
 """Callbacks for trainers. Nothing here is imported by `zclip_optim`: each module needs the extra of its name."""
 
+from typing import Any
+
+from torch import nn
+
+from zclip_optim.metrics import ParameterNorm
 from zclip_optim.optimizer import ZClipOptimizer
 
 LOGGED = ("grad_norm", "clipped_norm", "clip_coef", "threshold", "z_score", "mean", "std", "clip_rate")
@@ -31,6 +36,60 @@ def metrics_to_log(optimizer: ZClipOptimizer, prefix: str = "zclip/") -> dict[st
         return {}
     values = metrics.as_dict(prefix)
     return {prefix + name: values[prefix + name] for name in LOGGED}
+
+
+class ShareLog:
+    """Keeps the largest shares of the last clipped step until a trainer logs: by then gradients may be gone.
+
+    Args:
+        optimizer: is asked for its metrics after each step, which on accelerators waits for the device.
+        model: names the parameters where the optimizer does not.
+        limit: how many parameters, >= 1.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> optimizer = ZClipOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), warmup_steps=2)
+        >>> log = ShareLog(optimizer, model, limit=5)
+        >>> for scale in (1.0, 1.1, 100.0):
+        ...     model.weight.grad = torch.full((1, 2), scale)
+        ...     optimizer.step()
+        >>> log.take("zclip/"), log.take("zclip/")
+        ({'zclip/share/weight': 1.0}, {})
+    """
+
+    def __init__(self, optimizer: ZClipOptimizer, model: nn.Module, limit: int) -> None:
+        self.model, self.limit = model, limit
+        self._norms: list[ParameterNorm] = []
+        self._hook = optimizer.register_step_post_hook(self._look)
+
+    def _look(self, optimizer: Any, *_: Any) -> None:
+        if optimizer.metrics.clipped:
+            groups = _with_names(optimizer.param_groups, self.model)
+            self._norms = optimizer.clipper.norms_by_parameter(groups, self.limit)
+
+    def take(self, prefix: str) -> dict[str, float]:
+        """The shares by ``<prefix>share/<name>``, once; empty if no step was clipped since the last time."""
+        norms, self._norms = self._norms, []
+        return {f"{prefix}share/{each.name}": each.share for each in norms}
+
+    def end(self) -> None:
+        """Ask the optimizer no more."""
+        self._hook.remove()
+
+
+def _with_names(param_groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+    """The groups with the model's names of their parameters, where they have none; of others the position."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [
+        {
+            "param_names": [
+                names.get(id(p), f"param_groups[{i}]['params'][{j}]") for j, p in enumerate(group["params"])
+            ],
+            **group,
+        }
+        for i, group in enumerate(param_groups)
+    ]
 
 
 def missing_extra(extra: str) -> str:

@@ -5,7 +5,8 @@ from typing import Any
 
 from zclip_optim.algorithm import ZClipConfig
 from zclip_optim.health import WITHOUT_GRADIENTS, ZClipWarning
-from zclip_optim.integrations import metrics_to_log, missing_extra
+from zclip_optim.integrations import ShareLog, metrics_to_log, missing_extra
+from zclip_optim.metrics import refuse_unless_count
 from zclip_optim.optimizer import ZClipOptimizer
 
 try:
@@ -28,6 +29,9 @@ class ZClipCallback(Callback):
     optimizers as ``zclip/0/grad_norm``, ``zclip/1/grad_norm`` and so on.
 
     Args:
+        log_parameters: how many parameters to log as ``zclip/share/<name>`` (``zclip/0/share/<name>``), those with the
+            largest shares of the squared norm in the last clipped step since the log before, >= 1; None: none. With it
+            the metrics are read at every step, which on accelerators waits for the device.
         **options: the keyword arguments of `ZClipOptimizer`, with the same meaning, defaults and errors. Optimizers
             that the module has wrapped itself keep their own.
 
@@ -45,9 +49,12 @@ class ZClipCallback(Callback):
         >>> trainer = Trainer(callbacks=[ZClipCallback(z_thresh=3.0)], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, log_parameters: int | None = None, **options: Any) -> None:
+        refuse_unless_count("log_parameters", log_parameters)
         ZClipConfig(**{name: value for name, value in options.items() if name != "process_group"})
         self.options = options
+        self.log_parameters = log_parameters
+        self._shares: list[ShareLog] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wrap the optimizers, which exist by now, before Lightning restores their states."""
@@ -62,6 +69,9 @@ class ZClipCallback(Callback):
             ZClipOptimizer(optimizer, **self.options) if _is_to_be_wrapped(optimizer) else optimizer
             for optimizer in trainer.optimizers
         ]
+        self._stop_looking()
+        if self.log_parameters is not None:
+            self._shares = [ShareLog(each, pl_module, self.log_parameters) for each in _zclips(trainer)]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,9 +80,15 @@ class ZClipCallback(Callback):
         if not _logs_after_this_batch(trainer, pl_module):
             return
         optimizers = _zclips(trainer)
-        for i, optimizer in enumerate(optimizers):
-            prefix = "zclip/" if len(optimizers) == 1 else f"zclip/{i}/"
+        prefixes = ["zclip/"] if len(optimizers) == 1 else [f"zclip/{i}/" for i in range(len(optimizers))]
+        for optimizer, prefix in zip(optimizers, prefixes, strict=True):
             pl_module.log_dict(metrics_to_log(optimizer, prefix), on_step=True, on_epoch=False)
+        shares: dict[str, float] = {}
+        for log, prefix in zip(self._shares, prefixes, strict=False):
+            shares.update(log.take(prefix))
+        if shares:  # not by log_dict, which would repeat them in the logs of later steps
+            for logger in trainer.loggers:
+                logger.log_metrics(shares, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of optimizers that were never asked to step."""
@@ -86,6 +102,15 @@ class ZClipCallback(Callback):
                 ZClipWarning,
                 stacklevel=2,
             )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave optimizers that the module has wrapped as they were."""
+        self._stop_looking()
+
+    def _stop_looking(self) -> None:
+        for shares in self._shares:
+            shares.end()
+        self._shares = []
 
 
 def _is_to_be_wrapped(optimizer: Any) -> bool:

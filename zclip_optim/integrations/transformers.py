@@ -4,7 +4,8 @@ import warnings
 from typing import Any
 
 from zclip_optim.health import ZClipWarning
-from zclip_optim.integrations import metrics_to_log, missing_extra
+from zclip_optim.integrations import ShareLog, metrics_to_log, missing_extra
+from zclip_optim.metrics import refuse_unless_count
 from zclip_optim.optimizer import ZClipOptimizer
 
 try:
@@ -23,7 +24,13 @@ class ZClipCallback(TrainerCallback):
     `attach` puts it before the Trainer's loggers. With ``callbacks=[ZClipCallback()]`` it comes after them, since the
     Trainer's own callbacks are first: ``log_history`` has the metrics then, the loggers have not.
 
+    Args:
+        log_parameters: how many parameters to log as ``zclip/share/<name>``, those with the largest shares of the
+            squared norm in the last clipped step since the log before, >= 1; None: none. With it the metrics are read
+            at every step, on every rank, which on accelerators waits for the device.
+
     Raises:
+        ValueError: `log_parameters` is out of its range.
         TypeError: when training starts, if the Trainer's optimizer is not a `ZClipOptimizer`; says how to pass one.
 
     Warns:
@@ -39,17 +46,23 @@ class ZClipCallback(TrainerCallback):
         >>> callback = ZClipCallback.attach(trainer)
     """
 
+    def __init__(self, log_parameters: int | None = None) -> None:
+        refuse_unless_count("log_parameters", log_parameters)
+        self.log_parameters = log_parameters
+        self._shares: ShareLog | None = None
+
     @classmethod
-    def attach(cls, trainer: Trainer) -> "ZClipCallback":
+    def attach(cls, trainer: Trainer, **options: Any) -> "ZClipCallback":
         """Add one to a Trainer, as the first of its callbacks, before training.
 
         Args:
             trainer: the loggers among its callbacks all get the same dict, one after the other.
+            **options: the arguments of the callback.
 
         Returns:
             The callback.
         """
-        callback = cls()
+        callback = cls(**options)
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
 
@@ -57,7 +70,10 @@ class ZClipCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the Trainer's settings."""
-        _find_zclip(kwargs["optimizer"])
+        optimizer = _find_zclip(kwargs["optimizer"])
+        self._stop_looking()
+        if self.log_parameters is not None:
+            self._shares = ShareLog(optimizer, kwargs["model"], self.log_parameters)
         if args.max_grad_norm:
             warnings.warn(
                 f"max_grad_norm={args.max_grad_norm} in the TrainingArguments (1.0 is the default) clips before ZClip "
@@ -79,8 +95,21 @@ class ZClipCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         values = metrics_to_log(_find_zclip(kwargs["optimizer"]))
+        if self._shares is not None:
+            values.update(self._shares.take("zclip/"))
         logs.update(values)
         state.log_history[-1].update(values)  # a copy, made before the callbacks are called
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the optimizer as it was."""
+        self._stop_looking()
+
+    def _stop_looking(self) -> None:
+        if self._shares is not None:
+            self._shares.end()
+        self._shares = None
 
 
 def _find_zclip(optimizer: Any) -> ZClipOptimizer:
