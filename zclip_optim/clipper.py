@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zclip_optim.algorithm import NormStats, Scalar, ZClipConfig
 from zclip_optim.distributed import Parameters, ProcessGroups, as_groups, as_param_groups, gradients_of

@@ -30,7 +30,6 @@ class Gradients:
         scope: "global" for one norm, "group" for one per param group, 0 for those left alone.
 
     Attributes:
-        param_groups: those that are not left alone.
         device: the accelerator that a step stays on, that of the first parameter; None for the CPU.
         scopes: the param groups that have a norm together.
         local: the gradients of each scope, or what this process has of them.
@@ -40,11 +39,11 @@ class Gradients:
     are_all_here = True
 
     def __init__(self, param_groups: ParamGroups, scope: str) -> None:
-        self.param_groups = [group for group in param_groups if group.get(CHOICE, True)]
-        self.leaves_some_alone = len(self.param_groups) < len(param_groups)
-        self.device = _accelerator(self.param_groups)
+        self.param_groups = param_groups
+        clipped = [group for group in param_groups if group.get(CHOICE, True)]
+        self.device = _accelerator(clipped)
         if scope == "global":
-            self.scopes = [self.param_groups]
+            self.scopes = [clipped]
         else:
             self.scopes = [[group] if group.get(CHOICE, True) else [] for group in param_groups]
         self.local = [collect_gradients(groups) for groups in self.scopes]
@@ -66,9 +65,7 @@ class Gradients:
                 scale_gradients_(gradients, coef)
 
     def can_be_scaled_one_by_one(self) -> bool:
-        """Whether a kernel may scale what it is given: all gradients, in one scope, and none of two parameters."""
-        if self.leaves_some_alone:
-            return False
+        """Whether a kernel, which scales what it is given, may: no gradient is left alone, or would be scaled twice."""
         held = sum([p.grad is not None for group in self.param_groups for p in group["params"]])
         return len(self.local) == 1 and len(self.local[0]) == held
 
@@ -226,9 +223,9 @@ def describe_nonfinite(param_groups: ParamGroups, limit: int = 10) -> str:
 
 
 def named_params(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
-    """Name or position, parameter, and its group."""
+    """Name or position, parameter, and its group, but of groups left alone."""
     for i, group in enumerate(param_groups):
-        for j, p in enumerate(group["params"]):
+        for j, p in enumerate(group["params"] if group.get(CHOICE, True) else ()):
             yield group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]", p, group
 
 

@@ -10,7 +10,7 @@ import torch
 from training import make_model, parameters, set_gradients
 
 import zclip_optim.gradients
-from zclip_optim import ZClip, ZClipOptimizer
+from zclip_optim import NonFiniteGradientError, ZClip, ZClipOptimizer
 
 NORMS = (3.0, 4.0)
 
@@ -112,6 +112,15 @@ def test_the_engine_takes_such_groups():
     groups = sgd(model, False, True).param_groups
     assert ZClip(max_grad_norm=1.0).step(groups) == pytest.approx(4.0)
     assert norms_of(model) == pytest.approx([3.0, 1.0])
+
+
+def test_it_is_not_among_the_parameters_whose_norms_are_asked_for_and_others_keep_their_position():
+    model, optimizer = make(False, True)
+    give_gradients(model)
+    assert {each.name.split("[")[1] for each in optimizer.norms_by_parameter()} == {"1]"}
+    model[2].bias.grad[0] = math.nan
+    with pytest.raises(NonFiniteGradientError, match=re.escape("elements: param_groups[1]['params'][1] (1,)")):
+        ZClip(nonfinite="raise").step(optimizer.param_groups)
 
 
 def test_if_all_are_left_alone_that_is_warned_of():
