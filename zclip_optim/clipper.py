@@ -62,7 +62,7 @@ class ZClip:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ZClip":
         twin = memo[id(self)] = type(self).__new__(type(self))
-        memo.update({id(group): group for group in self.process_groups or ()})  # process groups are shared
+        memo.update({id(group): group for group in self.process_groups.in_order})  # they are shared
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
@@ -81,7 +81,7 @@ class ZClip:
         Raises:
             NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
         """
-        self.clip_(as_param_groups(model_or_parameters))
+        self.clip_(as_param_groups(model_or_parameters, self.process_groups))
         return math.hypot(*(record.norm for record in self._wait_for_records()))
 
     def decide(self, norm: float | Tensor) -> Any:
@@ -228,7 +228,9 @@ class ZClip:
 
     def norms_by_parameter(self, model_or_parameters: Parameters, limit: int | None = 10) -> list[ParameterNorm]:
         """As `ZClipOptimizer.norms_by_parameter`, of what `step` takes; those of a module have its names."""
-        gradients = gradients_of(as_param_groups(model_or_parameters), self.config.scope, self.process_groups)
+        gradients = gradients_of(
+            as_param_groups(model_or_parameters, self.process_groups), self.config.scope, self.process_groups
+        )
         return ranked(gradients.norms_by_parameter(), limit)
 
     def state_dict(self) -> dict[str, Any]:

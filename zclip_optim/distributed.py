@@ -17,7 +17,9 @@ from zclip_optim.algorithm import Scalar
 from zclip_optim.gradients import Gradients, ParamGroups, local_tensor, named_params
 from zclip_optim.norm import wide_dtype
 
-ProcessGroups: TypeAlias = "dist.ProcessGroup | Sequence[dist.ProcessGroup] | None"
+ProcessGroups: TypeAlias = (
+    "dist.ProcessGroup | Sequence[dist.ProcessGroup] | Mapping[dist.ProcessGroup, nn.Module | Iterable[Tensor]] | None"
+)
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]
 Groups: TypeAlias = tuple[Any, ...]  # of ProcessGroups, a class that not every build of torch has
 AVAILABLE = dist.is_available()  # a property of the build of torch
@@ -35,6 +37,21 @@ class Part(NamedTuple):
     groups: Groups
     copies: int
     gradients: list[Tensor]
+
+
+class ShardGroups(NamedTuple):
+    """What was said about who holds the other elements of parameters that are plain tensors here.
+
+    of_all: the groups that do, of every parameter; None if nothing was said about every parameter.
+    of_some: the groups that do, of these parameters; empty unless `of_all` is None.
+    in_order: each group once, as they are summed over, one after the other.
+    combinations: the values of `of_some`, each once.
+    """
+
+    of_all: Groups | None = None
+    of_some: Mapping[Tensor, Groups] = {}
+    in_order: Groups = ()
+    combinations: tuple[Groups, ...] = ()
 
 
 Reduced: TypeAlias = Sequence[tuple[Any, list[Scalar]]]  # groups, and the sums over their ranks
@@ -58,21 +75,72 @@ def in_use() -> bool:
     return AVAILABLE and dist.is_initialized()
 
 
-def as_groups(process_group: ProcessGroups) -> Groups | None:
-    """The groups over which squared norms are summed; None if nothing was said about it.
+def as_groups(process_group: ProcessGroups) -> ShardGroups:
+    """What `process_group` says about who holds the other elements of which parameters.
 
     Raises:
-        ValueError: something else than process groups was given.
+        ValueError: there is something else than process groups, a mapping that says nothing, or one with DTensors.
+        TypeError: a value of a mapping is no parameters.
     """
+    if isinstance(process_group, Mapping):
+        return _as_groups_of_some(process_group)
     if process_group is None:
-        return None
+        return ShardGroups()
     groups = tuple(process_group) if isinstance(process_group, Sequence) else (process_group,)
-    if not (dist.is_available() and all(isinstance(group, dist.ProcessGroup) for group in groups)):
-        raise ValueError(f"process_group must be a ProcessGroup, a sequence of them, or None, got {process_group!r}")
-    return groups
+    if not all(map(_is_group, groups)):
+        raise ValueError(
+            "process_group must be a ProcessGroup, a sequence of them, a mapping {group: parameters}, or None, got "
+            f"{process_group!r}"
+        )
+    return ShardGroups(groups, in_order=groups)
 
 
-def gradients_of(param_groups: ParamGroups, scope: str, process_groups: Groups | None) -> Gradients:
+def _is_group(value: Any) -> bool:
+    return dist.is_available() and isinstance(value, dist.ProcessGroup)
+
+
+def _as_groups_of_some(mapping: Mapping[Any, Any]) -> ShardGroups:
+    if not mapping:
+        raise ValueError("process_group={} names no group: give a mapping {group: parameters}, or leave it out")
+    of_some: dict[Tensor, Groups] = {}
+    for group, value in mapping.items():
+        if not _is_group(group):
+            raise ValueError(
+                f"process_group must be a mapping {{group: parameters}} from a ProcessGroup that this rank is in, got "
+                f"{group!r} for one"
+            )
+        name = f"process_group[<group {group.group_name}>]"
+        params = _params_of(value, name)
+        if not params:
+            raise ValueError(
+                f"{name} holds no parameters, so none would be summed over this group: an iterator that was gone "
+                "through before? Pass a list or a module. A rank without any gives an empty one, "
+                "torch.nn.Parameter(torch.empty(0), requires_grad=False)"
+            )
+        of_some.update((p, (*of_some.get(p, ()), group)) for p in dict.fromkeys(params))
+    return ShardGroups(None, of_some, tuple(mapping), tuple(dict.fromkeys(of_some.values())))
+
+
+def _params_of(value: Any, name: str) -> list[Tensor]:
+    is_iterable = isinstance(value, (nn.Module, Iterable))
+    params = _as_list(value.parameters() if isinstance(value, nn.Module) else value) if is_iterable else [value]
+    wrong = _kinds_of_others(params)
+    if wrong:
+        raise TypeError(f"{name} must be a module or an iterable of parameters, got {wrong}")
+    for p in params:
+        if _is_on_mesh(p):
+            raise ValueError(
+                f"{name} holds a DTensor of shape {tuple(p.shape)}, which is summed over its own mesh already: leave "
+                "it out"
+            )
+    return params
+
+
+def _is_on_mesh(value: Tensor) -> bool:
+    return getattr(value, "device_mesh", None) is not None
+
+
+def gradients_of(param_groups: ParamGroups, scope: str, process_groups: ShardGroups) -> Gradients:
     """The gradients of param groups, wherever they are."""
     if in_use():
         return ShardedGradients(param_groups, scope, process_groups)
@@ -87,12 +155,12 @@ class ShardedGradients(Gradients):
     mesh of several dimensions that leaves ranks out) and for each group in `process_groups`.
 
     Args:
-        process_groups: groups over which squared norms are summed; None if nothing was said about it.
+        process_groups: what was said about the shards of parameters.
     """
 
     are_all_here = False
 
-    def __init__(self, param_groups: ParamGroups, scope: str, process_groups: Groups | None) -> None:
+    def __init__(self, param_groups: ParamGroups, scope: str, process_groups: ShardGroups) -> None:
         super().__init__(param_groups, scope)
         self.local = [[local_tensor(gradient) for gradient in gradients] for gradients in self.local]
         self._process_groups = process_groups
@@ -109,7 +177,7 @@ class ShardedGradients(Gradients):
             for part in split_gradients(groups, self._process_groups):
                 norm = self._norm_of(part.gradients)
                 squares[i, part.groups] += norm * norm / part.copies
-        sums, self._reduced = sum_over_groups(squares, self._process_groups or (), _device_of(self.param_groups))
+        sums, self._reduced = sum_over_groups(squares, self._process_groups.in_order, _device_of(self.param_groups))
         norms = [sums[i] ** 0.5 for i in range(len(self.scopes))]
         return norms if self.device is None else torch.stack(norms)
 
@@ -120,21 +188,30 @@ class ShardedGradients(Gradients):
         norm, and on how many ranks it has a gradient. The ranks of `process_groups` may hold other parameters: what is
         added up there goes by name.
         """
-        last = self._process_groups or ()
+        of_each, in_order = self._process_groups._replace(combinations=()), self._process_groups.in_order
         named = list(named_params(self.param_groups))
         squares: defaultdict[tuple[int, Groups], Scalar] = defaultdict(float)
+        by_name: list[tuple[int, ...]] = []
         seen: set[int] = set()
         for i, (_, p, group) in enumerate(named):
             is_new = p.grad is not None and id(p.grad) not in seen  # a rank where it is not joins with zeros
             seen.add(id(p.grad))
-            for part in split_gradients([{**group, "params": [p]}], self._process_groups):
-                groups, norm = part.groups[: len(part.groups) - len(last)], self._norm_of(part.gradients)
+            parts = split_gradients([{**group, "params": [p]}], of_each)
+            for part in parts:
+                groups, norm = (
+                    tuple(each for each in part.groups if each not in in_order),
+                    self._norm_of(part.gradients),
+                )
                 squares[2 * i, groups] += norm * norm / part.copies if is_new else 0.0
                 squares[2 * i + 1, groups] += float(is_new)
+            by_name.append(tuple(k for k, each in enumerate(in_order) if any(each in part.groups for part in parts)))
         sums, _ = sum_over_groups(squares, (), _device_of(self.param_groups))
         numbers = iter(self._read([sums[i] for i in range(2 * len(named))]))
-        found = [(name, square) for (name, _, _), square, held in zip(named, numbers, numbers, strict=True) if held]
-        return [(name, math.sqrt(square)) for name, square in add_by_name(found, last)]
+        found: defaultdict[tuple[str, tuple[int, ...]], float] = defaultdict(float)
+        for (name, _, _), positions, square, held in zip(named, by_name, numbers, numbers, strict=True):
+            if held:
+                found[name, positions] += square
+        return [(name, math.sqrt(square)) for (name, _), square in add_by_name(found, in_order).items()]
 
     def are_missing(self, norms: Any) -> bool | None:
         """The same; None if none has one here and only the device knows of the others."""
@@ -149,21 +226,22 @@ class ShardedGradients(Gradients):
         return join_descriptions(here, groups) if groups else here
 
 
-def split_gradients(param_groups: ParamGroups, process_groups: Groups | None) -> list[Part]:
+def split_gradients(param_groups: ParamGroups, process_groups: ShardGroups) -> list[Part]:
     """The gradients in this process, those of tied parameters once, by the groups that hold the rest of them.
 
     Args:
         param_groups: as in an optimizer; "shard_groups" in one of them holds the groups of some of its parameters.
-        process_groups: groups that share everything; None if nothing was said about it.
+        process_groups: what was said about the shards of parameters.
 
     Returns:
-        A part for every layout of a parameter, also if this process has no gradient for it.
+        A part for every layout of a parameter, also if this process has no gradient for it, and for every combination
+        of groups, also if this process has no parameter for it.
 
     Raises:
-        ValueError: FSDP1 parameters whose groups are unknown, or a process group that a mesh covers already.
+        ValueError: FSDP1 parameters or experts whose groups are unknown, or a process group that a mesh covers already.
     """
     whole: dict[int, Tensor] = {}
-    layouts = {_Layout(): whole}
+    layouts = {_Layout(): whole, **{_Layout(groups): {} for groups in process_groups.combinations}}
     for p, groups in _params_with_groups(param_groups, process_groups):
         if not groups and type(p) in PLAIN and type(p.grad) in PLAIN:  # as with DDP: nothing to find out
             if p.grad is not None:
@@ -178,16 +256,18 @@ def split_gradients(param_groups: ParamGroups, process_groups: Groups | None) ->
         if layout.mesh is not None:
             meshes[layout.mesh].update(layout.sharded_dims())
     return [
-        Part(*_reduction(layout, meshes[layout.mesh], process_groups or ()), list(gradients.values()))
+        Part(*_reduction(layout, meshes[layout.mesh], process_groups.of_all or ()), list(gradients.values()))
         for layout, gradients in layouts.items()
     ]
 
 
-def _params_with_groups(param_groups: ParamGroups, process_groups: Groups | None) -> Iterator[tuple[Tensor, Groups]]:
+def _params_with_groups(param_groups: ParamGroups, process_groups: ShardGroups) -> Iterator[tuple[Tensor, Groups]]:
     for group in param_groups:
-        params = group["params"]
-        known = group.get("shard_groups", {}) if process_groups is None else {}
-        refuse_unknown_shards((p for p in params if p not in known) if known else params, process_groups)
+        params, known = group["params"], process_groups.of_some
+        found = group.get("shard_groups") if process_groups.of_all is None else None
+        if found:
+            known = {p: tuple(dict.fromkeys(found.get(p, ()) + known.get(p, ()))) for p in {**found, **known}}
+        refuse_unknown_shards(params, process_groups._replace(of_some=known) if found else process_groups)
         yield from ((p, known.get(p, ())) for p in params) if known else zip(params, itertools.repeat(()))
 
 
@@ -225,18 +305,13 @@ def _reduction(layout: _Layout, mesh_dims: set[int], process_groups: Groups) -> 
     if len(mesh_dims) > 1 and layout.mesh.size() == dist.get_world_size():
         mesh_dims, groups = set(range(layout.mesh.ndim)), (dist.group.WORLD,)
     else:
-        groups = tuple(sorted((layout.mesh.get_group(dim) for dim in mesh_dims), key=_name))
+        groups = tuple(layout.mesh.get_group(dim) for dim in sorted(mesh_dims))
     if not set(groups).isdisjoint(process_groups):
         raise ValueError(
             f"process_group holds the group over which the DTensors of {layout.mesh} are summed already: leave it out"
         )
     copies = math.prod(layout.mesh.size(dim) for dim in mesh_dims - set(layout.sharded_dims()))
     return groups + process_groups, copies
-
-
-def _name(group: Any) -> str:
-    """The same on every rank of a group."""
-    return str(group.group_name)
 
 
 def sum_over_groups(
@@ -250,20 +325,22 @@ def sum_over_groups(
     added up}; then P. What is left, {(0, ()): ...}, is the squared norm of scope 0.
 
     Args:
-        squares: for a scope and the groups to sum over, one after the other, the squared norm in this process.
-        last: the groups that end each of these sequences.
+        squares: for a scope and the groups to sum over, in any order, the squared norm in this process.
+        last: the groups that are summed over after all others, in this order.
         device: where to reduce, if the group can.
 
     Returns:
         The sum of each scope, and the sums over each group.
     """
     squares, reduced = dict(squares), []
-    others = {group for _, groups in squares for group in groups} - set(last)
-    for group in (*sorted(others, key=_name), *last):  # one order on all ranks, lest they wait for each other
-        keys = [key for key in squares if key[1][:1] == (group,)]
+    # In one order on all ranks, that of the parameters: no names of groups, which differ along a dimension of a mesh.
+    others = dict.fromkeys(group for _, groups in squares for group in groups if group not in last)
+    for group in (*others, *last):
+        keys = [key for key in squares if group in key[1]]
         sums = _all_reduce([squares.pop(key) for key in keys], group, device)
         for (scope, groups), total in zip(keys, sums, strict=True):
-            squares[scope, groups[1:]] = squares.get((scope, groups[1:]), 0.0) + total
+            left = scope, tuple(other for other in groups if other is not group)
+            squares[left] = squares.get(left, 0.0) + total
         reduced.append((group, sums))
     return defaultdict(float, {scope: total for (scope, _), total in squares.items()}), reduced
 
@@ -282,13 +359,22 @@ def _all_reduce(values: list[Scalar], group: Any, device: torch.device) -> list[
     return sums.tolist()
 
 
-def add_by_name(values: list[tuple[str, float]], groups: Groups) -> list[tuple[str, float]]:
-    """The sums, over the ranks of `groups`, of the values of the same name. Every rank of these groups must call it."""
-    for group in groups:
-        sums: defaultdict[str, float] = defaultdict(float)
-        for name, value in itertools.chain(*_gather(values, group)):
-            sums[name] += value
-        values = list(sums.items())
+def add_by_name(
+    values: Mapping[tuple[str, tuple[int, ...]], float], groups: Groups
+) -> Mapping[tuple[str, tuple[int, ...]], float]:
+    """Add values of the same name over ranks. Every rank of these groups must call it.
+
+    Args:
+        values: for a name and the positions in `groups` of those over which to add.
+        groups: one after the other.
+    """
+    for i, group in enumerate(groups):
+        sums = {key: value for key, value in values.items() if i not in key[1]}
+        here = {key: value for key, value in values.items() if i in key[1]}
+        for there in _gather(here, group):
+            for key, value in there.items():
+                sums[key] = sums.get(key, 0.0) + value
+        values = sums
     return values
 
 
@@ -330,12 +416,19 @@ def fsdp_groups(model: nn.Module) -> dict[Tensor, Groups]:
     return {p: groups[p] for p in flattened}
 
 
-def as_param_groups(model_or_parameters: Parameters) -> ParamGroups:
+def as_param_groups(model_or_parameters: Parameters, process_groups: ShardGroups) -> ParamGroups:
     """A model, parameters or param groups as param groups, those of FSDP1 with the groups that hold their shards.
 
     Raises:
         TypeError: there is something else among them.
+        ValueError: see `refuse_parameters_of_others`.
     """
+    groups = _as_param_groups(model_or_parameters)
+    refuse_parameters_of_others(process_groups, (p for group in groups for p in group["params"]))
+    return groups
+
+
+def _as_param_groups(model_or_parameters: Any) -> ParamGroups:
     if isinstance(model_or_parameters, nn.Module):
         named = dict(model_or_parameters.named_parameters())
         shard_groups = fsdp_groups(model_or_parameters) if in_use() else {}
@@ -343,27 +436,62 @@ def as_param_groups(model_or_parameters: Parameters) -> ParamGroups:
     items = _as_list(model_or_parameters)
     groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
     groups = [{**group, "params": _as_list(group["params"])} for group in groups]
-    wrong = {type(p).__name__ for group in groups for p in group["params"] if not isinstance(p, Tensor)}
+    wrong = _kinds_of_others(p for group in groups for p in group["params"])
     if wrong:
-        kinds = ", ".join(sorted(wrong))
-        raise TypeError(f"model_or_parameters must be a module, parameters or param groups, got {kinds} among them")
+        raise TypeError(f"model_or_parameters must be a module, parameters or param groups, got {wrong} among them")
     return groups
+
+
+def _kinds_of_others(params: Iterable[Any]) -> str:
+    """The types of what is no tensor."""
+    return ", ".join(sorted({type(p).__name__ for p in params if not isinstance(p, Tensor)}))
 
 
 def _as_list(params: Any) -> list[Any]:
     return [params] if isinstance(params, Tensor) else list(params)
 
 
-def refuse_unknown_shards(params: Iterable[Tensor], groups: Groups | None) -> None:
+def refuse_unknown_shards(params: Iterable[Tensor], groups: ShardGroups) -> None:
     """Refuse shards of parameters if nothing is known about the other ones: the norm would be wrong.
 
     Raises:
-        ValueError: there are parameters of FSDP1, and no process group was given.
+        ValueError: there are parameters of FSDP1, and no process group was given; or, in a distributed run, experts
+            (plain tensors with `allreduce` False, as Megatron and DeepSpeed mark them) that no mapping covers, and
+            process_group is not ().
     """
-    if groups is None and any(getattr(p, "_fsdp_flattened", False) for p in params):
+    if groups.of_all == ():
+        return
+    # One look at the attributes of each parameter, in a pass that every step takes.
+    marked = [p for p in params if (own := p.__dict__) and ("_fsdp_flattened" in own or "allreduce" in own)]
+    unknown = [p for p in marked if p not in groups.of_some]
+    if groups.of_all is None and any(getattr(p, "_fsdp_flattened", False) for p in unknown):
         raise ValueError(
             "these are FSDP's shards of parameters: pass process_group=model.process_group so that the norm covers "
             "all of them (process_group=() for ShardingStrategy.NO_SHARD)"
+        )
+    experts = [p for p in unknown if getattr(p, "allreduce", None) is False and not _is_on_mesh(p)]
+    if experts and in_use() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"a parameter of shape {tuple(experts[0].shape)} has allreduce=False, the mark of an expert, and "
+            "process_group does not say which ranks hold the other ones: pass process_group={group: parameters}, the "
+            "experts and the group of ranks over which they are distributed (process_group=() if every rank holds all "
+            "of them)"
+        )
+
+
+def refuse_parameters_of_others(groups: ShardGroups, params: Iterable[Tensor]) -> None:
+    """Refuse a mapping with parameters that are not among these: nothing would be summed over their groups.
+
+    Raises:
+        ValueError: there is such a parameter, and it requires gradients.
+    """
+    held = set(params) if groups.of_some else set()
+    others = [p for p in groups.of_some if p.requires_grad and p not in held]
+    if others:
+        raise ValueError(
+            f"process_group maps {len(others)} of {len(groups.of_some)} parameters, one of shape "
+            f"{tuple(others[0].shape)}, that are not among those to be clipped: of another model, or replaced since? "
+            "Pass the parameters that the optimizer holds"
         )
 
 
@@ -389,13 +517,13 @@ def most_dimensions(params: Iterable[Tensor]) -> int:
     return max((0 if is_lazy(p) else p.dim() for p in params), default=0)
 
 
-def refuse_a_part_of_the_parameters(groups: Groups | None) -> None:
+def refuse_a_part_of_the_parameters(groups: ShardGroups) -> None:
     """Refuse to be made by an optimizer that gives each rank a part of the parameters: the norm would be of that part.
 
     Raises:
-        ValueError: ZeroRedundancyOptimizer is making it, and no process group was given.
+        ValueError: ZeroRedundancyOptimizer is making it, and no process group of all parameters was given.
     """
-    frame = sys._getframe(1) if groups is None and in_use() else None
+    frame = sys._getframe(1) if groups.of_all is None and in_use() else None
     while frame is not None:
         if type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
             raise ValueError(

@@ -19,6 +19,7 @@ from zclip_optim.distributed import (
     refuse_a_part_of_the_parameters,
     refuse_flat_shards,
     refuse_foreign_gradients,
+    refuse_parameters_of_others,
     refuse_unknown_shards,
 )
 from zclip_optim.fused import Kernels
@@ -143,10 +144,11 @@ class ZClipOptimizer(Optimizer):
             check_base_optimizer(part, ZClipOptimizer)
         self.base_optimizer: Any = Chain(parts) if parts is base_optimizer else base_optimizer
         self.clipper = ZClip(**options)
-        refuse_unknown_shards(self._params(), self.clipper.process_groups)
-        refuse_a_part_of_the_parameters(self.clipper.process_groups)
         for part in parts:
             refuse_foreign_gradients(part, self._params())
+        refuse_unknown_shards(self._params(), self.clipper.process_groups)
+        refuse_a_part_of_the_parameters(self.clipper.process_groups)
+        refuse_parameters_of_others(self.clipper.process_groups, self._params())
         # Not Optimizer.__init__, which would, through the properties below, empty the base optimizer.
         self._make_hook_dicts()
         self._may_move_in_closures = True  # the parameters, before a further evaluation; until its first step shows
@@ -303,6 +305,7 @@ class ZClipOptimizer(Optimizer):
     def _look_at_first_step(self) -> None:
         """What may have been done to the base optimizer alone, since it was wrapped."""
         refuse_flat_shards(self._params(), self._dimensions)
+        refuse_parameters_of_others(self.clipper.process_groups, self._params())
         self._dimensions = None
         if not self.clipper.is_published_in(self.param_groups):  # it may have loaded a checkpoint
             with contextlib.suppress(ValueError):  # or got groups, which do not have all keys

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -120,6 +121,29 @@ def test_group_statistics_travel_together(ranks):
     groups = [{"params": list(block.parameters())} for block in model.blocks]
     optimizer = ZClipOptimizer(torch.optim.SGD(groups, lr=0.1), scope="group")
     assert collectives_of(optimizer.step) == [Collective("allreduce_", len(groups) * SCALAR)]
+
+
+def order_of_sums(rank, monkeypatch):
+    """The dimensions of a mesh over which one rank of eight sums, one after the other; its groups are 12."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pipeline", "data", "tensor"))
+        dims = {mesh.get_group(name): name for name in mesh.mesh_dim_names}
+        p = nn.Parameter(DTensor.from_local(torch.zeros(1, 1), mesh["data", "tensor"], [Shard(0), Shard(1)]))
+        p.grad = DTensor.from_local(torch.ones(1, 1), mesh["data", "tensor"], [Shard(0), Shard(1)])
+        order = []
+        monkeypatch.setattr(dist, "all_reduce", lambda sums, group: order.append(dims[group]))
+        ZClip().step([p])
+        return order
+    finally:
+        monkeypatch.undo()
+        dist.destroy_process_group()
+
+
+def test_all_ranks_sum_over_the_dimensions_of_a_mesh_in_one_order(monkeypatch):
+    """Else a number that one rank has summed over a dimension meets one that another has not yet."""
+    orders = [order_of_sums(rank, monkeypatch) for rank in range(8)]
+    assert orders == [["data", "tensor"]] * 8
 
 
 @pytest.mark.parametrize("ranks", [1024], indirect=True)
