@@ -2,6 +2,8 @@
 
     python -m zclip_optim.plotting metrics.csv -o zclip.png
 
+And one of a single step, from `norms_by_parameter`: which parameters the norm came from.
+
 Needs the extra `plot`; matplotlib is imported on use.
 """
 
@@ -19,6 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from zclip_optim.metrics import ParameterNorm
 
 Record: TypeAlias = Mapping[str, Any]
 
@@ -57,17 +61,12 @@ def plot_history(
         >>> figure.axes[0].get_ylabel()
         'gradient norm (L2)'
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("matplotlib is not installed; install it with: pip install 'zclip_optim[plot]'") from error
-
+    mpl, new_figure = _matplotlib()
     records = _as_records(records_or_path)
     loss, prefixes = _find_loss(records), _find_prefixes(records)
     panels = len(prefixes) + (loss is not None)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 1.2 + 2.6 * panels), layout="constrained")
+        figure = new_figure(figsize=(10, 1.2 + 2.6 * panels), layout="constrained")
         axes = list(figure.subplots(panels, sharex=True, squeeze=False)[:, 0])
         axes[-1].set_xlabel("step")
         if loss is not None:
@@ -77,6 +76,69 @@ def plot_history(
         if path is not None:
             figure.savefig(path, dpi=120)
     return figure
+
+
+def plot_norms_by_parameter(norms: Sequence[ParameterNorm], path: str | PathLike[str] | None = None) -> Figure:
+    """Draw a bar for each parameter, as long as its share of the squared gradient norm, the first of them on top.
+
+    Args:
+        norms: what `norms_by_parameter` returned. A parameter whose gradient is not finite has no bar, but its norm
+            written where it would be.
+        path: where to save the figure; the suffix gives the format.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there are no norms.
+
+    Example:
+        >>> import torch
+        >>> from zclip_optim import ZClip
+        >>> model = torch.nn.Linear(3, 1)
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> figure = plot_norms_by_parameter(ZClip().norms_by_parameter(model))
+        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        ['weight', 'bias']
+    """
+    mpl, new_figure = _matplotlib()
+    if not norms:
+        raise ValueError("there are no norms: no parameter had a gradient, or it was gone when they were asked for")
+    with mpl.rc_context(STYLE):
+        width = 5 + max(len(each.name) for each in norms) / 12
+        figure = new_figure(figsize=(width, 1.0 + 0.3 * len(norms)), layout="constrained")
+        _share_panel(figure.subplots(), norms)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+    return figure
+
+
+def _share_panel(axes: Axes, norms: Sequence[ParameterNorm]) -> None:
+    lengths = [100 * each.share if math.isfinite(each.share) else 0.0 for each in norms]
+    bars = axes.barh(range(len(norms)), lengths, color=AFTER)
+    for each, label in zip(norms, axes.bar_label(bars, [_share_label(each) for each in norms], padding=3), strict=True):
+        label.set_color("black" if math.isfinite(each.share) else SKIPPED)
+    axes.set_yticks(range(len(norms)), [each.name for each in norms])
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("share of the squared gradient norm (%)")
+
+
+def _share_label(each: ParameterNorm) -> str:
+    if not math.isfinite(each.share):
+        return f"{each.norm}"
+    return "<0.1%" if 0 < each.share < 0.0005 else f"{each.share:.1%}"
+
+
+def _matplotlib() -> tuple[Any, type[Figure]]:
+    """The package, and its figures, which are not pyplot's and open no window."""
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("matplotlib is not installed; install it with: pip install 'zclip_optim[plot]'") from error
+    return mpl, Figure
 
 
 def _as_records(records_or_path: Sequence[Record] | str | PathLike[str]) -> Sequence[Record]:

@@ -69,6 +69,7 @@ def test_importing_it_imports_no_extra():
             "import zclip_optim.plotting as p; p.plot_history([{'grad_norm': 1, 'clipped_norm': 1}])",
             "plot",
         ),
+        ("matplotlib", "import zclip_optim.plotting as p; p.plot_norms_by_parameter([])", "plot"),
     ],
 )
 def test_a_missing_extra_is_named(package, use, extra):

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from training import make_batch, make_model, parameters, set_gradients
 
 from zclip_optim import ZClip, ZClipOptimizer
-from zclip_optim.plotting import plot_history
+from zclip_optim.plotting import plot_history, plot_norms_by_parameter
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
@@ -174,6 +174,21 @@ def test_tensorboard():
     with SummaryWriter("logs") as writer:
         exec(block("add_scalar"), {"optimizer": stepped(), "writer": writer, "step": 3})
     assert any(b"zclip/grad_norm" in path.read_bytes() for path in Path("logs").iterdir())
+
+
+def test_tensorboard_after_a_clipped_step():
+    model = make_model()
+    optimizer = ZClipOptimizer(torch.optim.AdamW(model.named_parameters(), lr=3e-4), warmup_steps=5)
+    for norm in (1.0, 1.1, 0.9, 1.0, 1.1, 50.0):
+        set_gradients(model.parameters(), norm)
+        optimizer.step()
+    with SummaryWriter("logs") as writer:
+        names = {"optimizer": optimizer, "writer": writer, "step": 3}
+        exec(block("add_scalar"), names)
+    assert any(b"zclip/share/2.weight" in path.read_bytes() for path in Path("logs").iterdir())
+    (call,) = re.findall(r"`zclip_optim\.plotting\.(plot_norms_by_parameter\(.*?\))`", README)
+    exec(call, {"norms": optimizer.norms_by_parameter(), "plot_norms_by_parameter": plot_norms_by_parameter})
+    assert Path("norms.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_csv_and_its_picture():

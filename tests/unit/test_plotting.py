@@ -10,8 +10,8 @@ import pytest
 import torch
 from training import make_model, set_gradients
 
-from zclip_optim import ZClipOptimizer
-from zclip_optim.plotting import main, plot_history, read_records
+from zclip_optim import ParameterNorm, ZClip, ZClipOptimizer
+from zclip_optim.plotting import main, plot_history, plot_norms_by_parameter, read_records
 
 SPIKE, NAN = 30, 35
 
@@ -104,6 +104,45 @@ def test_a_panel_for_each_optimizer():
     row = {"zclip/0/grad_norm": 1.0, "zclip/0/clipped_norm": 1.0, "zclip/1/grad_norm": 2.0, "zclip/1/clipped_norm": 2.0}
     titles = [axes.get_title(loc="left") for axes in plot_history([row, row]).axes]
     assert titles == ["Gradient norm zclip/0", "Gradient norm zclip/1"]
+
+
+class TestNormsByParameter:
+    def drawn(self, axes):
+        """Name, length of the bar and label, from top to bottom."""
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        rows = zip(axes.patches, names, axes.texts, strict=True)
+        heights = axes.transData.transform([(0, bar.get_y()) for bar in axes.patches])[:, 1]
+        assert list(heights) == sorted(heights, reverse=True)
+        return [(name, pytest.approx(bar.get_width()), text.get_text()) for bar, name, text in rows]
+
+    def test_a_bar_for_each_share_the_largest_on_top(self, tmp_path):
+        model = make_model()
+        set_gradients(model.parameters(), 2.0)
+        norms = ZClip().norms_by_parameter(model)
+        (axes,) = plot_norms_by_parameter(norms, tmp_path / "norms.png").axes
+        assert self.drawn(axes) == [(name, 100 * share, f"{share:.1%}") for name, _, share in norms]
+        assert len(norms) == 4
+        assert "share of the squared gradient norm" in axes.get_xlabel()
+        assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_what_is_not_finite_has_no_bar_and_what_is_tiny_is_no_zero(self):
+        values = [("nan", math.nan, math.nan), ("large", 1.0, 0.9999), ("tiny", 0.01, 0.0001), ("zero", 0.0, 0.0)]
+        (axes,) = plot_norms_by_parameter([ParameterNorm(*each) for each in values]).axes
+        assert self.drawn(axes) == [
+            ("nan", 0, "nan"),
+            ("large", 99.99, "100.0%"),
+            ("tiny", 0.01, "<0.1%"),
+            ("zero", 0, "0.0%"),
+        ]
+
+    def test_long_names_leave_room_for_the_bars(self, tmp_path):
+        norms = [ParameterNorm("base_model.model.layers.31.self_attn.q_proj.lora_A.default.weight" * 2, 1.0, 1.0)]
+        (axes,) = plot_norms_by_parameter(norms, tmp_path / "norms.png").axes
+        assert axes.get_window_extent().width > 300  # pixels; warnings are errors here
+
+    def test_nothing_to_draw(self):
+        with pytest.raises(ValueError, match="no parameter had a gradient"):
+            plot_norms_by_parameter([])
 
 
 class TestFiles:
