@@ -76,7 +76,8 @@ class ZClipOptimizer(Optimizer):
             never. A fused kernel on an accelerator skips by itself: there it raises once `metrics` were read.
         scope: "global" for one norm and one statistic, "group" for one per param group, by its position.
         process_group: process group, or several, over which squared norms are summed, for gradients that are shards
-            held as plain tensors (FSDP1) and for pipeline stages; () for none. DTensors need none.
+            held as plain tensors (FSDP1) and for pipeline stages; () for none. DTensors need none. Or a mapping from a
+            group to the parameters, or module, whose other elements it holds, such as experts; the rest is as with ().
 
     Attributes:
         base_optimizer: the wrapped optimizer.
