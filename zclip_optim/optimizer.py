@@ -189,17 +189,6 @@ class ZClipOptimizer(Optimizer):
         """`ClipMetrics` of the last step, one per param group that it had; a single one unless ``scope="group"``."""
         return self.clipper.group_metrics
 
-    @property
-    def step_was_skipped(self) -> bool:
-        """Whether the last step left the parameters alone: its gradient norm was NaN, infinite or above `z_skip`."""
-        return self.clipper.step_was_skipped
-
-    @property
-    def parts(self) -> list[Any]:
-        """The wrapped optimizers; a list of one, unless several were given."""
-        base = self.base_optimizer
-        return base.parts if isinstance(base, Chain) else [base]
-
     def norms_by_parameter(self, limit: int | None = 10) -> list[ParameterNorm]:
         """The norms of single parameters that make up the gradient norm, of the gradients at hand.
 
@@ -229,6 +218,17 @@ class ZClipOptimizer(Optimizer):
             bias: 1.000, 25%
         """
         return self.clipper.norms_by_parameter(self.param_groups, limit)
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step left the parameters alone: its gradient norm was NaN, infinite or above `z_skip`."""
+        return self.clipper.step_was_skipped
+
+    @property
+    def parts(self) -> list[Any]:
+        """The wrapped optimizers; a list of one, unless several were given."""
+        base = self.base_optimizer
+        return base.parts if isinstance(base, Chain) else [base]
 
     # The base optimizer replaces these objects when it loads a checkpoint, and trainers assign them: never aliases.
 
