@@ -10,6 +10,7 @@ from benchmarks.paper.tables import CARTPOLE_LR, EPISODES
 from benchmarks.training.contenders import (
     ADAGC,
     AUTOCLIP,
+    CAPPED,
     FALLING,
     FALLING_CAPPED,
     FALLING_LOWER,
@@ -142,6 +143,7 @@ REGRET = Comparison(
         ADAGC,
         PUBLISHED,
         PAPER,
+        CAPPED,
         FALLING,
         FALLING_CAPPED,
         ours(alpha_down=0.8, z_skip=6),

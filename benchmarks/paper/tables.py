@@ -196,7 +196,7 @@ OPTIONS = (
     ours(z_skip=6),
     ours(z_skip=10),
 )
-ARCHITECTURES = (NONE, FIXED, PAPER, FALLING, FALLING_CAPPED)
+ARCHITECTURES = (NONE, FIXED, PAPER, CAPPED, FALLING, FALLING_CAPPED)
 THE_PAPERS_CAP = (
     "paper: clipped: read off by eye from a figure in the authors' public repository that shows the share of all steps "
     "up to a point: 100% during the first 0.5 B tokens for every threshold, about 20% at 5 B, and this column at the "
