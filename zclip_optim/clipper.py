@@ -62,7 +62,7 @@ class ZClip:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ZClip":
         twin = memo[id(self)] = type(self).__new__(type(self))
-        memo.update({id(group): group for group in self.process_groups.in_order})  # they are shared
+        memo.update({id(group): group for group in self.process_groups.in_order})  # process groups are shared
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
@@ -80,6 +80,7 @@ class ZClip:
 
         Raises:
             NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
+            ValueError: `process_group` maps parameters that are not among these.
         """
         self.clip_(as_param_groups(model_or_parameters, self.process_groups))
         return math.hypot(*(record.norm for record in self._wait_for_records()))

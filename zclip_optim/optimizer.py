@@ -76,8 +76,10 @@ class ZClipOptimizer(Optimizer):
             never. A fused kernel on an accelerator skips by itself: there it raises once `metrics` were read.
         scope: "global" for one norm and one statistic, "group" for one per param group, by its position.
         process_group: process group, or several, over which squared norms are summed, for gradients that are shards
-            held as plain tensors (FSDP1) and for pipeline stages; () for none. DTensors need none. Or a mapping from a
-            group to the parameters, or module, whose other elements it holds, such as experts; the rest is as with ().
+            held as plain tensors (FSDP1) and for pipeline stages; () for none: every rank holds all. DTensors need
+            none. Or a mapping {group: parameters}, values iterables or modules, for experts held as plain tensors: the
+            ranks of the group hold other ones; it is as without a group for all other parameters. A parameter may be
+            under several groups, whose ranks together hold all of it.
 
     Attributes:
         base_optimizer: the wrapped optimizer.
@@ -94,7 +96,8 @@ class ZClipOptimizer(Optimizer):
         TypeError: `base_optimizer` is not an optimizer instance, or it is or holds a ZClipOptimizer, or one that a
             trainer has prepared (Accelerate, Fabric, Lightning, Opacus): wrap first, then prepare.
         ValueError: an argument is out of its range; names the argument, the value and the range. Or the parameters are
-            FSDP1's and there is no `process_group`, or DeepSpeed ZeRO or Megatron keeps their gradients elsewhere.
+            FSDP1's, or in a distributed run experts (plain, `allreduce` False), and `process_group` does not say who
+            holds the others; or it maps other parameters; or DeepSpeed ZeRO or Megatron keeps gradients elsewhere.
 
     Warns:
         ZClipWarning: each kind once, and once more after a `load_state_dict`: many steps are clipped, spikes outlast
