@@ -169,7 +169,7 @@ class Health:
 
     def _largest_parameters(self, scope: int, new: NormStats, gradients: Gradients | None) -> str:
         """Of a step that was clipped, in this process: ranks that do not warn would not join a collective."""
-        if gradients is None or not new.streak:
+        if gradients is None or not any(gradients.scopes[scope]) or not new.streak:
             return "norms_by_parameter() after a clipped step names the parameters with the largest norms"
         norms = ranked(gradients.norms_here(gradients.scopes[scope]), LARGEST)
         where = "" if gradients.are_all_here else " in this process"

@@ -96,6 +96,13 @@ class TestTheParametersOfManyClippedSteps:
         with pytest.warns(ZClipWarning, match=r"; norms_by_parameter\(\) after a clipped step names"):
             assert optimizer.metrics.clipped
 
+    def test_are_to_be_asked_for_where_only_a_norm_is_reported(self):
+        clipper = ZClip()
+        with pytest.warns(ZClipWarning, match=r"; norms_by_parameter\(\) after a clipped step names"):
+            for norm in noise(60) + noise(140, level=40.0):
+                clipper.decide(norm)
+        assert clipper.metrics.clipped
+
     def test_are_measured_once_and_only_for_the_warning(self, monkeypatch):
         asked, norms_here = [], zclip_optim.gradients.Gradients.norms_here
         monkeypatch.setattr(
