@@ -103,8 +103,8 @@ def test_tables_share_the_cells_that_they_have_in_common():
 def test_tables_share_with_regret_what_they_have_in_common():
     regret = {cell.name for cell in REGRET.cells()}
     shared = {name: {cell.name for _, _, cell in t.cells(Size())} & regret for name, t in TABLES.items()}
-    assert len(shared["methods"]) == 2 * 4 * (len(TABLES["methods"].rows) - 1)  # all but the cap alone
-    assert len(shared["arch"]) == 2 * 5 * (4 + 3)
+    assert len(shared["methods"]) == 2 * 4 * len(TABLES["methods"].rows)
+    assert len(shared["arch"]) == 2 * 6 * (4 + 3)
     assert len(shared["rl"]) == 4 * 20
 
 
@@ -118,11 +118,12 @@ def test_differences_are_paired_with_the_papers_rule():
     rows = summarize_rows(TABLES["arch"], Size(), 2, outcome)
     table = format_rows(TABLES["arch"], rows)
     column = table.splitlines()[2].split("|").index("   validation loss - paper's ")
-    found = {line.split("|")[1].strip(): line.split("|")[column].strip() for line in table.splitlines()[4:9]}
+    found = {line.split("|")[1].strip(): line.split("|")[column].strip() for line in table.splitlines()[4:10]}
     assert found == {
         "GPT-2, none": "+2.500 ± 0.500",
         "GPT-2, fixed 1": "+0.250 ± 0.250",
         "GPT-2, paper": "-",
+        "GPT-2, max_grad_norm=1": "-1.000 ± 0.500",
         "GPT-2, alpha_down=0.8": "-1.000 ± 0.500",
         "GPT-2, alpha_down=0.8, max_grad_norm=1": "-1.000 ± 0.500",
     }
