@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 def benchmarks(*args):
     command = [sys.executable, "-m", "benchmarks", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
 
 
 def test_a_short_run_writes_table_figure_and_every_step(tmp_path):
