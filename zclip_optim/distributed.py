@@ -198,10 +198,8 @@ class ShardedGradients(Gradients):
             seen.add(id(p.grad))
             parts = split_gradients([{**group, "params": [p]}], of_each)
             for part in parts:
-                groups, norm = (
-                    tuple(each for each in part.groups if each not in in_order),
-                    self._norm_of(part.gradients),
-                )
+                groups = tuple(each for each in part.groups if each not in in_order)
+                norm = self._norm_of(part.gradients)
                 squares[2 * i, groups] += norm * norm / part.copies if is_new else 0.0
                 squares[2 * i + 1, groups] += float(is_new)
             by_name.append(tuple(k for k, each in enumerate(in_order) if any(each in part.groups for part in parts)))

@@ -158,6 +158,7 @@ class ZClipOptimizer(Optimizer):
         self._may_move_in_closures = True  # the parameters, before a further evaluation; until its first step shows
         self._dimensions: int | None = most_dimensions(self._params())  # of the parameters; None from the first step on
         self._staged: StagedStep | None = None
+        self._chosen = choices(self.param_groups)  # which are clipped, until the first step shows
         self._adopt()
 
     def _adopt(self) -> None:
@@ -311,12 +312,18 @@ class ZClipOptimizer(Optimizer):
         refuse_flat_shards(self._params(), self._dimensions)
         refuse_parameters_of_others(self.clipper.process_groups, self._params())
         self._dimensions = None
+        self._keep_choices(self._chosen)
         if not self.clipper.is_published_in(self.param_groups):  # it may have loaded a checkpoint
             with contextlib.suppress(ValueError):  # or got groups, which do not have all keys
                 loaded = self.clipper.parse_groups(self.param_groups)
                 if loaded is not None:
                     self.clipper.restore(loaded)
             self.clipper.publish(self.param_groups)
+
+    def _keep_choices(self, chosen: list[bool]) -> None:
+        """Where the base optimizer has loaded a checkpoint that does not say which groups are clipped."""
+        for group, choice in zip(self.param_groups, chosen, strict=False):
+            group.setdefault(CHOICE, choice)
 
     def _take_stage(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if self._dimensions is not None:
@@ -438,8 +445,7 @@ class ZClipOptimizer(Optimizer):
             choices(groups)
         chosen = choices(self.param_groups)
         self.base_optimizer.load_state_dict(state_dict)
-        for group, choice in zip(self.param_groups, chosen, strict=False):  # a checkpoint of the bare one has none
-            group.setdefault(CHOICE, choice)
+        self._keep_choices(chosen)
         self.clipper.restore(saved)
         self.clipper.publish(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -156,6 +156,14 @@ class TestSaved:
         optimizer.load_state_dict(bare)
         assert published(optimizer) == [False, True]
 
+    def test_nor_does_one_that_the_base_optimizer_loads_itself(self):
+        model, optimizer = make(False, True)
+        optimizer.base_optimizer.load_state_dict(sgd(make_model(), None, None).state_dict())
+        give_gradients(model)
+        optimizer.step()
+        assert optimizer.metrics.grad_norm == pytest.approx(4.0)
+        assert published(optimizer) == [False, True]
+
     def test_a_scheduler_does_not_mind(self):
         _, optimizer = make(False, True)
         torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10, cycle_momentum=False)
