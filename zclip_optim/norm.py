@@ -12,13 +12,15 @@ from torch._C._nn import flatten_dense_tensors
 # How much is measured in one go. torch accumulates a norm in float32 with a few running sums: over more than 1,000
 # elements the last digits drift (1e-6 over 1,024 equal ones, 1e-3 over 25 M). Norms of short rows, summed in float64,
 # are 5e-7 off if all elements are equal, 2e-6 with the worst that was contrived, some 1e-9 on random ones, and run
-# nearly as fast as a plain read. Calls are what small gradients cost: a batch of them is copied into one tensor, unless
-# they are few. Of large ones no copy is made but of 16-bit ones, in float32, and of those with holes in memory.
+# nearly as fast as a plain read. Calls are what small gradients cost: tiny ones are copied into one tensor, a batch at
+# a time, small ones measured by one call without a copy, and few tiny ones with them. Of large ones no copy is made but
+# of 16-bit ones, in float32, and of those with holes in memory.
 # constant             unit                 a larger one is
 ROW = 2**9  #          elements of a row    faster, less exact
-SHORT = 2**10  #       elements, a tensor   faster, since one norm in float32 will do; less exact, 4e-6 contrived
-FEW = 8  #             tensors              faster up to some ten: a call for each, no copy
-SMALL = 2**12  #       elements, a tensor   more copies, fewer calls
+TINY = 2**10  #        elements, a tensor   more copies, fewer calls
+SMALL = 2**12  #       elements, a tensor   faster, since one norm in float32 will do; less exact: 4e-6 off if all are
+#                                           equal, 2e-5 contrived, 2e-7 on random ones, which is right for clipping
+FEW = 8  #             tensors              faster up to some ten: a call for all, no copy
 BATCH = 2**18  #       elements, a batch    more memory, fewer calls
 CHUNK = 2**22  #       elements             fewer calls, rows that leave the cache
 COPIED_CHUNK = 2**20  # elements            the same, and more memory
@@ -94,25 +96,33 @@ def stored_values(gradient: Tensor) -> Tensor:
 
 
 def _sum_of_squares(gradients: list[Tensor]) -> float:
-    if 0 < len(gradients) <= FEW and all([g.dtype is torch.float32 and g.numel() <= SHORT for g in gradients]):
-        try:
-            return sum([float(norm * norm) for norm in map(Tensor.item, torch._foreach_norm(gradients))])
-        except RuntimeError:  # some are sparse or nested
-            return sum([_sum_over(g) for g in gradients])
+    tiny = TINY if len(gradients) > FEW else 0
     total = 0.0
+    small: list[Tensor] = []
     batch: list[Tensor] = []
     room = BATCH
     for g in gradients:
         size = g.numel()
         if size > SMALL:
             total += _sum_over_large(g)
-            continue
-        if size > room:
-            total += _sum_over_batch(batch)
-            batch, room = [], BATCH
-        batch.append(g)
-        room -= size
+        elif size > tiny and g.dtype is torch.float32:
+            small.append(g)
+        else:
+            if size > room:
+                total += _sum_over_batch(batch)
+                batch, room = [], BATCH
+            batch.append(g)
+            room -= size
+    if small:
+        total += _sum_over_small(small)
     return total + _sum_over_batch(batch) if batch else total
+
+
+def _sum_over_small(gradients: list[Tensor]) -> float:
+    try:
+        return sum([float(norm * norm) for norm in map(Tensor.item, torch._foreach_norm(gradients))])
+    except RuntimeError:  # some are sparse or nested
+        return sum([_sum_over(g) for g in gradients])
 
 
 def _sum_over_batch(batch: list[Tensor]) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zclip_optim.gradients import collect_gradients, describe_nonfinite, scale_gradients_
-from zclip_optim.norm import CHUNK, SMALL, gradient_norm
+from zclip_optim.norm import CHUNK, FEW, SMALL, gradient_norm
 
 
 def exact_norm(gradients):
@@ -58,6 +58,16 @@ def test_norm_is_that_of_float64(make):
     else:
         expected = exact_norm(gradients)
     assert gradient_norm(gradients) == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("count", [1, FEW + 1])
+@pytest.mark.parametrize(
+    ("make", "error"), [(lambda: torch.randn(SMALL), 1e-7), (lambda: torch.full((SMALL,), 0.777), 4e-6)]
+)
+def test_small_tensors_are_measured_in_float32(count, make, error):
+    torch.manual_seed(0)
+    gradients = [make() for _ in range(count)]
+    assert gradient_norm(gradients) == pytest.approx(exact_norm(gradients), rel=error, abs=0)
 
 
 def test_norm_does_not_depend_on_the_number_of_threads():
