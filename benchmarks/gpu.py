@@ -3,8 +3,8 @@
 Own costs beside fused AdamW as ratios to other packages and to one read of the gradients; whether a step makes the
 host wait (`torch.cuda.set_sync_debug_mode("error")`) and can be captured in a CUDA graph; the bandwidth at which the
 gradients are read, against a copy's; peak memory. With --all it first checks what must hold on a device, and then
-trains the preset "small" with several methods and seeds; what there is no time or memory for, or fails, is named in the
-page and costs nothing else. Writes gpu.json and gpu.md, anew whenever something has ended.
+trains the preset "small" with several methods and seeds, all of it within --minutes; what there is no time or memory
+for, or fails, is named in the page and costs nothing else. Writes gpu.json and gpu.md, anew when something has ended.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from benchmarks.report.pages import Result, bullets, document, restored, setup, 
 from benchmarks.report.progress import progress_interval
 from benchmarks.report.summary import Summary, format_table, heading, markdown
 
+MINUTES, SECONDS = 10.0, 10.0
 SIZES_SHARE = 0.2  # of --minutes: timing of all sizes together
 SIZES_END = 0.5  # of --minutes: no size is begun later
 ROOT = Path(__file__).parents[1]
@@ -40,17 +41,19 @@ Part = Iterator[tuple[str, dict[str, Any]]]  # list in the result, and what is a
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
-    parser.add_argument("--all", action="store_true", help="check and train too, within --minutes")
-    parser.add_argument("--minutes", type=positive_float, default=10.0, help="with --all: for everything")
-    parser.add_argument(
-        "--seconds", type=positive_float, default=10.0, help="for each size, at least 7 rounds; not with --all"
-    )
+    parser.add_argument("--all", action="store_true", help="check and train too")
+    parser.add_argument("--minutes", type=positive_float, help=f"for everything, with --all ({MINUTES:g})")
+    parser.add_argument("--seconds", type=positive_float, help=f"for each size, without --all ({SECONDS:g})")
     parser.add_argument("--max-parameters", type=positive_int, default=2 * 10**9, help="leave out larger models")
     add_out_option(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, and writes the results as they come."""
+    """Checks what was given, measures, and writes the results as they come."""
+    if args.all and args.seconds is not None:
+        raise UserError(f"--seconds {args.seconds:g}: with --all the time is --minutes, of which each size has a share")
+    if args.minutes is not None and not args.all:
+        raise UserError(f"--minutes {args.minutes:g}: only with --all; without it each size has --seconds")
     if not torch.cuda.is_available():
         raise UserError("gpu: torch finds no CUDA device here; `python -m benchmarks overhead` measures on the CPU")
     prepare_folder(args.out)
@@ -59,16 +62,19 @@ def run(args: argparse.Namespace) -> None:
 
 def run_on(device: torch.device, args: argparse.Namespace) -> None:
     """The same, on a device that is there."""
-    left_out: list[LeftOut] = []
+    begin, left_out = time.monotonic(), list[LeftOut]()
     result = about(args) | (described(left_out) if args.all else {})
+
+    def write() -> None:
+        now = {"left_out": list(map(asdict, left_out)), "seconds": time.monotonic() - begin}
+        write_result(args.out / "gpu.json", result | now, page)
+
     try:
-        for name, row in (
-            everything(device, args, left_out) if args.all else costs(device, args, args.seconds, math.inf, left_out)
-        ):
+        for name, row in everything(begin, device, args, left_out) if args.all else costs_alone(device, args, left_out):
             result[name] = [*result.get(name, ()), row]
-            write(result, left_out, args.out)
+            write()
     finally:
-        write(result, left_out, args.out)
+        write()
     print((args.out / "gpu.md").read_text(encoding="utf8"))
     print(f"wrote {args.out / 'gpu.json'} and {args.out / 'gpu.md'}")
 
@@ -76,11 +82,6 @@ def run_on(device: torch.device, args: argparse.Namespace) -> None:
 def described(left_out: list[LeftOut]) -> dict[str, Any]:
     """What is trained."""
     return attempt("the text to train on", lambda: trainings.described(trainings.cells()[0]), left_out) or {}
-
-
-def write(result: Result, left_out: list[LeftOut], out: Path) -> None:
-    """The results up to now."""
-    write_result(out / "gpu.json", {**result, "left_out": list(map(asdict, left_out))}, page)
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
@@ -103,21 +104,25 @@ def said(*command: str) -> str:
     return next(iter(done.stdout.splitlines()), "unknown")
 
 
-def everything(device: torch.device, args: argparse.Namespace, left_out: list[LeftOut]) -> Part:
+def everything(begin: float, device: torch.device, args: argparse.Namespace, left_out: list[LeftOut]) -> Part:
     """Checks, costs and trainings."""
-    begin, seconds = time.monotonic(), 60 * args.minutes
+    seconds, folder = 60 * (args.minutes or MINUTES), args.out / "cells"
     for name, check in tqdm(checks.CHECKS.items(), unit="check", mininterval=progress_interval()):
         yield "checks", asdict(checks.outcome(name, check, device))
     of_a_size, end_of_sizes = SIZES_SHARE * seconds / len(sizes.SIZES), begin + SIZES_END * seconds
-    yield from costs(device, args, of_a_size, end_of_sizes, left_out)
-    folder = args.out / "cells"
+    yield from costs(of_a_size, end_of_sizes, device, args, left_out)
     prepare_folder(folder)
     for row in trainings.trained(trainings.cells(), begin + seconds, folder, left_out):
         yield "trainings", row
 
 
+def costs_alone(device: torch.device, args: argparse.Namespace, left_out: list[LeftOut]) -> Part:
+    """Without a deadline."""
+    return costs(args.seconds or SECONDS, math.inf, device, args, left_out)
+
+
 def costs(
-    device: torch.device, args: argparse.Namespace, seconds: float, deadline: float, left_out: list[LeftOut]
+    seconds: float, deadline: float, device: torch.device, args: argparse.Namespace, left_out: list[LeftOut]
 ) -> Part:
     """A row for each size, timed for so many seconds."""
     fits = [size for size in sizes.SIZES if size.parameters <= args.max_parameters]
@@ -172,7 +177,7 @@ def costs_section(result_rows: Sequence[Result]) -> list[str]:
 def trainings_section(result: Result) -> list[str]:
     """A row for each run."""
     rows = [restored(Summary, row) for row in result.get("trainings", ())]
-    return [f"Trainings. {setup(result)}", format_table(rows)] if rows else []
+    return [f"Trainings. {setup(result)}", format_table(rows), bullets(result["notes"])] if rows else []
 
 
 def left_out_section(left_out: Sequence[Result]) -> list[str]:

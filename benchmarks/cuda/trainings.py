@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.cuda.attempts import LeftOut, attempt
 from benchmarks.paper.cells import CLEAN, Cell, run_cell, training
 from benchmarks.report.pages import restored
-from benchmarks.report.summary import Summary
+from benchmarks.report.summary import Summary, notes
 from benchmarks.training.presets import PRESETS
 
 TRAINED = ("none", "fixed", "published", "zclip_optim")
@@ -33,7 +33,11 @@ def cells(preset: str = PRESET) -> list[Cell]:
 def described(cell: Cell) -> dict[str, Any]:
     """What the page says of all runs."""
     config = cell.config
-    return {"config": asdict(config) | {"model": asdict(config.shape.model)}, "data": config.open().source}
+    return {
+        "config": asdict(config) | {"model": asdict(config.shape.model)},
+        "data": config.open().source,
+        "notes": notes(config).splitlines(),
+    }
 
 
 def trained(wanted: Sequence[Cell], deadline: float, folder: Path, left_out: list[LeftOut]) -> Iterator[dict[str, Any]]:
