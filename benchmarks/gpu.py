@@ -2,183 +2,185 @@
 
 Own costs beside fused AdamW as ratios to other packages and to one read of the gradients; whether a step makes the
 host wait (`torch.cuda.set_sync_debug_mode("error")`) and can be captured in a CUDA graph; the bandwidth at which the
-gradients are read, against a copy's; peak memory. Writes gpu.json and gpu.md.
+gradients are read, against a copy's; peak memory. With --all it first checks what must hold on a device, and then
+trains the preset "small" with several methods and seeds, all of it within --minutes; what there is no time or memory
+for, or fails, is named in the page and costs nothing else. Writes gpu.json and gpu.md, anew when something has ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch.optim import AdamW
 from tqdm import tqdm
 
 from benchmarks import UserError
+from benchmarks.cuda import checks, sizes, trainings
+from benchmarks.cuda.attempts import LeftOut, attempt, one_line
 from benchmarks.options import add_out_option, positive_float, positive_int, prepare_folder
-from benchmarks.overhead import NOTES, OURS, Row, Size, measure, microseconds, ratios, transformer, with_gradients
-from benchmarks.report.pages import Result, bullets, document, restored, write_result
+from benchmarks.overhead import NOTES, Row, microseconds, ratios
+from benchmarks.report.pages import Result, bullets, document, restored, setup, write_result
 from benchmarks.report.progress import progress_interval
-from benchmarks.report.summary import heading, markdown
-from zclip_optim import ZClipOptimizer
+from benchmarks.report.summary import Summary, format_table, heading, markdown
 
-COPIED = 2**30  # bytes of the copy that measures bandwidth
-REPEATS = 20
+MINUTES, SECONDS = 10.0, 10.0
+SIZES_SHARE = 0.2  # of --minutes: timing of all sizes together
+SIZES_END = 0.5  # of --minutes: no size is begun later
+ROOT = Path(__file__).parents[1]
 
-SIZES = tuple(
-    Size(f"{name}, {str(dtype).removeprefix('torch.')}", shapes, dtype)
-    for name, shapes in (
-        ("29 M", transformer(512, 1376, 6, 10_000)),
-        ("110 M", transformer(768, 2048, 12, 16_000)),
-        ("350 M", transformer(1024, 2736, 24, 16_000)),
-        ("1 B", transformer(2048, 5440, 16, 65_536)),
-    )
-    for dtype in (torch.float32, torch.bfloat16)
-)
-
-
-@dataclass(frozen=True)
-class Checks:
-    """What a step does on the device, beside taking time."""
-
-    reads_nothing_back: bool
-    captured_steps: int  # counted by the statistics after 10 replays of a captured step
-    gradient_bandwidth: float  # bytes of gradients over our own cost, as a share of a copy's bandwidth
-    extra_memory: int  # bytes at the peak of a step above the bare step's peak
+Part = Iterator[tuple[str, dict[str, Any]]]  # list in the result, and what is added to it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
-    parser.add_argument("--seconds", type=positive_float, default=10.0, help="time for each size, at least 7 rounds")
+    parser.add_argument("--all", action="store_true", help="check and train too")
+    parser.add_argument("--minutes", type=positive_float, help=f"for everything, with --all ({MINUTES:g})")
+    parser.add_argument("--seconds", type=positive_float, help=f"for each size, without --all ({SECONDS:g})")
     parser.add_argument("--max-parameters", type=positive_int, default=2 * 10**9, help="leave out larger models")
     add_out_option(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures every size and writes the results."""
+    """Checks what was given, measures, and writes the results as they come."""
+    if args.all and args.seconds is not None:
+        raise UserError(f"--seconds {args.seconds:g}: with --all the time is --minutes, of which each size has a share")
+    if args.minutes is not None and not args.all:
+        raise UserError(f"--minutes {args.minutes:g}: only with --all; without it each size has --seconds")
     if not torch.cuda.is_available():
         raise UserError("gpu: torch finds no CUDA device here; `python -m benchmarks overhead` measures on the CPU")
     prepare_folder(args.out)
-    device = torch.device("cuda")
-    bandwidth = copy_bandwidth(device)
-    fits = [size for size in SIZES if size.parameters <= args.max_parameters]
-    progress = tqdm(fits, unit="size", mininterval=progress_interval())
-    rows = [measure(size, args.seconds, device) for size in progress]
-    checks = [check(size, row, bandwidth, device) for size, row in zip(fits, rows, strict=True)]
-    print(ratios(rows), microseconds(rows), sep="\n\n")
-    result = heading("gpu", [0], "zclip", "autoclip") | {
-        "device": torch.cuda.get_device_name(),
-        "copy_bandwidth": bandwidth,
-        "rows": [asdict(row) | asdict(checked) for row, checked in zip(rows, checks, strict=True)],
-    }
-    write_result(args.out / "gpu.json", result, page)
+    run_on(torch.device("cuda"), args)
+
+
+def run_on(device: torch.device, args: argparse.Namespace) -> None:
+    """The same, on a device that is there."""
+    begin, left_out = time.monotonic(), list[LeftOut]()
+    result = about(args) | (described(left_out) if args.all else {})
+
+    def write() -> None:
+        now = {"left_out": list(map(asdict, left_out)), "seconds": time.monotonic() - begin}
+        write_result(args.out / "gpu.json", result | now, page)
+
+    try:
+        for name, row in everything(begin, device, args, left_out) if args.all else costs_alone(device, args, left_out):
+            result[name] = [*result.get(name, ()), row]
+            write()
+    finally:
+        write()
+    print((args.out / "gpu.md").read_text(encoding="utf8"))
     print(f"wrote {args.out / 'gpu.json'} and {args.out / 'gpu.md'}")
 
 
+def described(left_out: list[LeftOut]) -> dict[str, Any]:
+    """What is trained."""
+    return attempt("the text to train on", lambda: trainings.described(trainings.cells()[0]), left_out) or {}
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """What runs, with which versions; the device's own are part of them."""
+    found = heading("gpu", range(trainings.SEEDS) if args.all else [0], "zclip", "autoclip")
+    found["versions"] |= {
+        "CUDA": torch.version.cuda,
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "commit": said("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+    }
+    return found
+
+
+def said(*command: str) -> str:
+    """The first line that a program prints; "unknown" where there is none."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return next(iter(done.stdout.splitlines()), "unknown")
+
+
+def everything(begin: float, device: torch.device, args: argparse.Namespace, left_out: list[LeftOut]) -> Part:
+    """Checks, costs and trainings."""
+    seconds, folder = 60 * (args.minutes or MINUTES), args.out / "cells"
+    for name, check in tqdm(checks.CHECKS.items(), unit="check", mininterval=progress_interval()):
+        yield "checks", asdict(checks.outcome(name, check, device))
+    of_a_size, end_of_sizes = SIZES_SHARE * seconds / len(sizes.SIZES), begin + SIZES_END * seconds
+    yield from costs(of_a_size, end_of_sizes, device, args, left_out)
+    prepare_folder(folder)
+    for row in trainings.trained(trainings.cells(), begin + seconds, folder, left_out):
+        yield "trainings", row
+
+
+def costs_alone(device: torch.device, args: argparse.Namespace, left_out: list[LeftOut]) -> Part:
+    """Without a deadline."""
+    return costs(args.seconds or SECONDS, math.inf, device, args, left_out)
+
+
+def costs(
+    seconds: float, deadline: float, device: torch.device, args: argparse.Namespace, left_out: list[LeftOut]
+) -> Part:
+    """A row for each size, timed for so many seconds."""
+    fits = [size for size in sizes.SIZES if size.parameters <= args.max_parameters]
+    rows = sizes.measured(fits, seconds, deadline, device, left_out)
+    for row in tqdm(rows, total=len(fits), unit="size", mininterval=progress_interval()):
+        yield "rows", row
+
+
 def page(result: Result) -> str:
-    """The ratios, the microseconds and the checks of every size."""
-    rows = [restored(Row, row) for row in result["rows"]]
+    """What held, what it cost, what was trained, and what is missing."""
     return document(
-        "gpu: what clipping costs beside a step of fused AdamW on a CUDA device",
+        "gpu: clipping on a CUDA device",
         result,
-        "Our own cost over that of the others, and over one plain `sum` over every gradient:",
+        *checks_section(result.get("checks", ())),
+        *costs_section(result.get("rows", ())),
+        *trainings_section(result),
+        *left_out_section(result.get("left_out", ())),
+    )
+
+
+def checks_section(outcomes: Sequence[Result]) -> list[str]:
+    """How many held, and each."""
+    if not outcomes:
+        return []
+    counts = Counter(each["result"] for each in outcomes)
+    rows = [{"check": each["check"], "": shown(each), "what was found": one_line(each["text"])} for each in outcomes]
+    return [f"What must hold on a device: {', '.join(f'{n} {name}' for name, n in counts.items())}.", markdown(rows)]
+
+
+def shown(outcome: Result) -> str:
+    """A failure stands out."""
+    return f"**{checks.FAILED}**" if outcome["result"] == checks.FAILED else outcome["result"]
+
+
+def costs_section(result_rows: Sequence[Result]) -> list[str]:
+    """The ratios, the microseconds and the checks of every size."""
+    if not result_rows:
+        return []
+    rows = [restored(Row, row) for row in result_rows]
+    checked = [row for row in result_rows if "captured_steps" in row]
+    return [
+        "What clipping costs beside a step of fused AdamW: our own cost over that of the others, and over one plain "
+        "`sum` over every gradient:",
         ratios(rows),
         "Own costs as they are, medians:",
         microseconds(rows),
-        "What a step does besides:",
-        markdown([{"model": row["size"]} | shown(restored(Checks, row)) for row in result["rows"]]),
+        *(["What a step does besides:", sizes.table_of_checks(checked)] if checked else []),
         bullets(NOTES),
-    )
+    ]
 
 
-def shown(checks: Checks) -> dict[str, str]:
-    """The columns of the table of checks."""
-    return {
-        "the host never waits": "yes" if checks.reads_nothing_back else "**no**",
-        "steps counted in 10 replays": str(checks.captured_steps),
-        "gradients read, share of a copy's bandwidth": f"{checks.gradient_bandwidth:.0%}",
-        "extra memory, bytes": f"{checks.extra_memory:,}",
-    }
+def trainings_section(result: Result) -> list[str]:
+    """A row for each run."""
+    rows = [restored(Summary, row) for row in result.get("trainings", ())]
+    return [f"Trainings. {setup(result)}", format_table(rows), bullets(result["notes"])] if rows else []
 
 
-def check(size: Size, row: Row, bandwidth: float, device: torch.device) -> Checks:
-    """What a step does besides."""
-    n_bytes = size.parameters * size.dtype.itemsize
-    return Checks(
-        reads_nothing_back(size, device),
-        captured_steps(size, device),
-        n_bytes / (row.own_us[OURS] * 1e-6) / bandwidth,
-        peak_memory(size, device, wrap=True) - peak_memory(size, device, wrap=False),
-    )
-
-
-def reads_nothing_back(size: Size, device: torch.device) -> bool:
-    """Whether torch's own detector finds no synchronisation in warm-up, ordinary, clipped and skipped steps."""
-    model = with_gradients(size, device)
-    step = ZClipOptimizer(AdamW(model.parameters(), fused=True), warmup_steps=2).step
-    step()  # compiles
-    try:
-        for factor in (1.01, 0.99, 1.0, 50.0, torch.nan):
-            model[0].grad.mul_(factor)
-            torch.cuda.set_sync_debug_mode("error")
-            step()
-            torch.cuda.set_sync_debug_mode("default")
-    except RuntimeError as error:
-        print(f"{size.name}: {error}")
-        return False
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return True
-
-
-def captured_steps(size: Size, device: torch.device) -> int:
-    """The steps that the statistics have counted when a captured step was replayed 10 times."""
-    model = with_gradients(size, device)
-    optimizer = ZClipOptimizer(AdamW(model.parameters(), fused=True, capturable=True))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            optimizer.step()
-    torch.cuda.current_stream().wait_stream(stream)
-    before = optimizer.metrics.step
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step()
-    for _ in range(10):
-        graph.replay()
-    return optimizer.metrics.step - before
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a copy on the device, read and written ones."""
-    source = torch.empty(COPIED, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = fastest(lambda: target.copy_(source))
-    return 2 * COPIED / seconds
-
-
-def fastest(work: Callable[[], object]) -> float:
-    """Seconds, the least of a few."""
-    times = []
-    for _ in range(REPEATS):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def peak_memory(size: Size, device: torch.device, wrap: bool) -> int:
-    """Bytes at the peak of a second step."""
-    model = with_gradients(size, device)
-    base = AdamW(model.parameters(), fused=True)
-    optimizer = ZClipOptimizer(base) if wrap else base
-    optimizer.step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    optimizer.step()
-    return torch.cuda.max_memory_allocated()
+def left_out_section(left_out: Sequence[Result]) -> list[str]:
+    """What is missing, and why."""
+    lines = [f"{each['what']}: {one_line(each['why'])}" for each in left_out]
+    return ["Left out:", bullets(lines)] if lines else []

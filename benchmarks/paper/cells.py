@@ -87,6 +87,20 @@ class Cell:
         """The method with this cell's options."""
         return METHODS[self.method].with_options(dict(self.options))
 
+    @property
+    def config(self) -> TrainConfig:
+        """What a run of one of ARCHITECTURES shares with those that it is compared with."""
+        return TrainConfig(
+            steps=self.steps,
+            lr=self.lr,
+            seed=self.seed,
+            preset=self.preset,
+            architecture=self.architecture,
+            batch=self.batch,
+            warmup_share=PRESETS[self.preset].warmup_share,
+            corrupt=self.condition == BAD_SHARD,
+        )
+
 
 def run_cell(cell: Cell, folder: Path, paths: Sequence[Path] = ()) -> Figures:
     """Trains, writes both files and returns what the tables need: the cell, its figures and the seconds it took."""
@@ -133,16 +147,7 @@ def load_outcome(cell: Cell, folder: Path) -> Figures | None:
 
 def training(cell: Cell, paths: Sequence[Path]) -> tuple[list[StepRecord], Figures]:
     """A run of one of ARCHITECTURES, up to its end or to where a method gave up."""
-    config = TrainConfig(
-        steps=cell.steps,
-        lr=cell.lr,
-        seed=cell.seed,
-        preset=cell.preset,
-        architecture=cell.architecture,
-        batch=cell.batch,
-        warmup_share=PRESETS[cell.preset].warmup_share,
-        corrupt=cell.condition == BAD_SHARD,
-    )
+    config = cell.config
     batches = config.open(paths if ARCHITECTURES[cell.architecture].is_text else ())
     run = Run(cell.clipping, config, batches, default_device())
     records: list[StepRecord] = []

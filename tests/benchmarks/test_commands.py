@@ -64,6 +64,8 @@ def test_own_data(tmp_path):
         (["detector", "--seeds", "0"], "must be a whole number >= 1, got '0'"),
         (["overhead", "--seconds", "0"], "must be a finite number > 0, got '0'"),
         (["gpu", "--max-parameters", "0"], "must be a whole number >= 1, got '0'"),
+        (["gpu", "--all", "--seconds", "5"], "--seconds 5: with --all the time is --minutes"),
+        (["gpu", "--minutes", "5"], "--minutes 5: only with --all"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(args, complaint, tmp_path, monkeypatch, capsys):
