@@ -504,7 +504,7 @@ def refuse_foreign_gradients(base_optimizer: object, params: Iterable[Tensor]) -
     if (package == "deepspeed" and not module.startswith("ops.")) or any(hasattr(p, "ds_id") for p in params):
         owner, instead = "DeepSpeed ZeRO", "torch's fully_shard"
     elif package == "megatron" or any(hasattr(p, "main_grad") for p in params):
-        owner, instead = "Megatron", "torch's fully_shard and tensor parallelism"
+        owner, instead = "Megatron", "zclip_optim.integrations.megatron.attach(optimizer)"
     else:
         return
     raise ValueError(f"{owner} {NOT_SEEN}: use {instead}, or {WITH_ITS_NORM}")
