@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torchtitan_cpu as cpu
+import torchtitan_on_cpu as cpu
 from reference import ReferenceZClip
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
