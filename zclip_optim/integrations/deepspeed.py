@@ -74,21 +74,21 @@ def attach_clipper(engine: Any, clipper: ZClip) -> ZClip:
 def _reasons_against(engine: Any, clipper: ZClip) -> dict[str, Any]:
     """Why it would not be right, and whether that is so."""
     utils.combine_grad_norm_groups  # noqa: B018  # a version without it takes two norms that are NaN for a healthy one
-    limit, config, groups = engine.gradient_clipping(), clipper.config, engine.basic_optimizer.param_groups
-    is_plain, autocast = engine.optimizer is engine.basic_optimizer, engine.torch_autocast_enabled()
+    limit, config, inner = engine.gradient_clipping(), clipper.config, engine.basic_optimizer
+    is_plain, autocast = engine.optimizer is inner, engine.torch_autocast_enabled()
     return {
         "this engine has a ZClip already": hasattr(engine.optimizer, "zclip"),
-        "the engine's optimizer is a ZClipOptimizer, which clips too: hand deepspeed.initialize the one that it wraps": (
-            isinstance(engine.basic_optimizer, ZClipOptimizer)
-        ),
-        f'gradient_clipping={limit} (1.0 is DeepSpeed\'s default) clips too: write "gradient_clipping": 0 in its config; '
+        "the optimizer clips already: hand over the one in this ZClipOptimizer": isinstance(inner, ZClipOptimizer),
+        f'gradient_clipping={limit} clips, by default if it is not given: write "gradient_clipping": 0 in the config; '
         "max_grad_norm of ZClip is an absolute cap that hides no spike": limit,
         "a checkpoint was loaded without its statistics: attach first": engine.loaded_checkpoint_dp_world_size,
         f"scope must be 'global', got {config.scope!r}: DeepSpeed has one norm": config.scope != "global",
         "process_group must be None: DeepSpeed has groups of its own": clipper.process_groups != ShardGroups(),
         "nonfinite must be 'skip' or 'raise': DeepSpeed never takes such a step": config.nonfinite == "pass",
-        "zclip=False in a param group: DeepSpeed has one norm of all groups": not all(choices(groups)),
-        "use_muon in a param group: DeepSpeed has the norm of its updates": any(g.get("use_muon") for g in groups),
+        "zclip=False in a param group: DeepSpeed has one norm of all groups": not all(choices(inner.param_groups)),
+        "use_muon in a param group: DeepSpeed has the norm of its updates": any(
+            g.get("use_muon") for g in inner.param_groups
+        ),
         "float16: DeepSpeed may change the loss scale between its norm and its scaling; use bfloat16": (
             engine.fp16_enabled() or (autocast and engine.torch_autocast_dtype() == torch.float16)
         ),

@@ -1,0 +1,104 @@
+"""Engines of DeepSpeed on the CPU ranks of a World, their batches, and the same training by hand in one process."""
+
+import contextlib
+import os
+import warnings
+
+import torch
+from torch import nn
+from training import make_batch, make_model, parameters
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # which DeepSpeed looks at when it is imported
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepspeed
+    from deepspeed.utils import logger
+
+from zclip_optim import ZClip, ZClipWarning
+from zclip_optim.integrations.deepspeed import attach
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an all-reduce for inference, compiled when it is asked
+logger.setLevel("ERROR")
+
+OPTIONS = {"warmup_steps": 5, "z_thresh": 2.0}
+STEPS, OUTLIERS = 24, (9, 10, 16, 21)
+ON_CPU = {"offload_optimizer": {"device": "cpu"}}
+ENGINES = {
+    "stage 0": {},
+    "stage 1": {"zero_optimization": {"stage": 1}},
+    "stage 2": {"zero_optimization": {"stage": 2}},
+    "stage 3": {"zero_optimization": {"stage": 3}},
+    "stage 2, CPU offload": {"zero_optimization": {"stage": 2, **ON_CPU}},
+    "stage 3, CPU offload": {"zero_optimization": {"stage": 3, **ON_CPU}},
+}
+BF16_ENGINES = {f"{name}, bf16": {**config, "bf16": {"enabled": True}} for name, config in ENGINES.items()}
+BF16_ENGINES["BF16_Optimizer"] = {**BF16_ENGINES["stage 1, bf16"], "data_types": {"grad_accum_dtype": "fp32"}}
+
+
+@contextlib.contextmanager
+def as_launched(rank, world_size=2):
+    """The environment that DeepSpeed's launcher gives a rank; warnings of frameworks are theirs, ours are errors."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", ZClipWarning)
+        yield
+    for name in names:
+        del os.environ[name]
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def make_engine(config, make_optimizer=adamw, **options):
+    """An engine and, with options, its ZClip."""
+    model = make_model(dtype=torch.bfloat16 if "bf16" in config else torch.float32)
+    settings = {"train_micro_batch_size_per_gpu": 8, "gradient_clipping": 0, "zero_force_ds_cpu_optimizer": False}
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=make_optimizer(model), config={**settings, "zero_allow_untested_optimizer": True, **config}
+    )
+    return engine, attach(engine, **options) if options else None
+
+
+def batch_of(rank, step):
+    return make_batch(1000 * rank + step, step in OUTLIERS)
+
+
+def run(engine, clipper, rank, steps, accumulate=1):
+    """The metrics of each step."""
+    history = []
+    for step in steps:
+        for micro in range(accumulate):
+            x, y = (t.to(next(engine.parameters()).dtype) for t in batch_of(rank, step + 100 * micro))
+            engine.backward(nn.functional.mse_loss(engine(x), y))
+            engine.step()
+        history.append(clipper.metrics if clipper else None)
+    return history
+
+
+def full_parameters(engine):
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return parameters(engine.module)
+
+
+def run_by_hand(steps, world_size=2, dtype=torch.float32, make_optimizer=adamw, accumulate=1):
+    """One process, with the mean of what the ranks' gradients would be, on weights in float32: metrics, parameters."""
+    model, master, clipper = make_model(dtype=dtype), make_model(dtype=dtype).float(), ZClip(**OPTIONS)
+    optimizer, history = make_optimizer(master), []
+    for step in steps:
+        for p in master.parameters():
+            p.grad = torch.zeros_like(p)
+        for rank in range(world_size):
+            for micro in range(accumulate):
+                x, y = (t.to(dtype) for t in batch_of(rank, step + 100 * micro))
+                losses = nn.functional.mse_loss(model(x), y)
+                for p, g in zip(master.parameters(), torch.autograd.grad(losses, list(model.parameters())), strict=True):
+                    p.grad += g.float() / (world_size * accumulate)
+        clipper.step(master)
+        history.append(clipper.metrics)
+        optimizer.step()
+        for p, q in zip(model.parameters(), master.parameters(), strict=True):
+            p.data.copy_(q.data)
+    return history, parameters(model)
