@@ -1,6 +1,8 @@
 """Engines of DeepSpeed on the CPU ranks of a World, their batches, and the same training by hand in one process."""
 
 import contextlib
+import itertools
+import math
 import os
 import warnings
 
@@ -36,9 +38,9 @@ BF16_ENGINES["BF16_Optimizer"] = {**BF16_ENGINES["stage 1, bf16"], "data_types":
 
 
 @contextlib.contextmanager
-def as_launched(rank, world_size=2):
+def as_launched(rank):
     """The environment that DeepSpeed's launcher gives a rank; warnings of frameworks are theirs, ours are errors."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
     os.environ.update({name: str(value) for name, value in names.items()})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -57,7 +59,9 @@ def make_engine(config, make_optimizer=adamw, **options):
     model = make_model(dtype=torch.bfloat16 if "bf16" in config else torch.float32)
     settings = {"train_micro_batch_size_per_gpu": 8, "gradient_clipping": 0, "zero_force_ds_cpu_optimizer": False}
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=make_optimizer(model), config={**settings, "zero_allow_untested_optimizer": True, **config}
+        model=model,
+        optimizer=make_optimizer(model),
+        config={**settings, "zero_allow_untested_optimizer": True, **config},
     )
     return engine, attach(engine, **options) if options else None
 
@@ -66,13 +70,14 @@ def batch_of(rank, step):
     return make_batch(1000 * rank + step, step in OUTLIERS)
 
 
-def run(engine, clipper, rank, steps, accumulate=1):
-    """The metrics of each step."""
+def run(engine, clipper, rank, steps, nan=None):
+    """The metrics of each step; the loss is NaN on one rank, if it is named."""
     history = []
     for step in steps:
-        for micro in range(accumulate):
+        for micro in range(engine.gradient_accumulation_steps()):
             x, y = (t.to(next(engine.parameters()).dtype) for t in batch_of(rank, step + 100 * micro))
-            engine.backward(nn.functional.mse_loss(engine(x), y))
+            loss = nn.functional.mse_loss(engine(x), y)
+            engine.backward(loss * math.nan if rank == nan else loss)
             engine.step()
         history.append(clipper.metrics if clipper else None)
     return history
@@ -83,19 +88,26 @@ def full_parameters(engine):
         return parameters(engine.module)
 
 
-def run_by_hand(steps, world_size=2, dtype=torch.float32, make_optimizer=adamw, accumulate=1):
-    """One process, with the mean of what the ranks' gradients would be, on weights in float32: metrics, parameters."""
+def moments(engine):
+    """What the optimizer of this rank keeps, step counts as well."""
+    return [v.tolist() for state in engine.basic_optimizer.state.values() for v in state.values()]
+
+
+def run_by_hand(steps, config, make_optimizer=adamw, accumulate=1):
+    """One process with the mean of the gradients that both ranks have, and weights in float32: metrics, parameters."""
+    dtype = torch.bfloat16 if "bf16" in config else torch.float32
     model, master, clipper = make_model(dtype=dtype), make_model(dtype=dtype).float(), ZClip(**OPTIONS)
     optimizer, history = make_optimizer(master), []
+    if "bf16" in config and "zero_optimization" not in config:  # DeepSpeed begins with a step of zero gradients there
+        master(torch.zeros(1, 6)).mul(0).sum().backward()
+        optimizer.step()
     for step in steps:
-        for p in master.parameters():
-            p.grad = torch.zeros_like(p)
-        for rank in range(world_size):
-            for micro in range(accumulate):
-                x, y = (t.to(dtype) for t in batch_of(rank, step + 100 * micro))
-                losses = nn.functional.mse_loss(model(x), y)
-                for p, g in zip(master.parameters(), torch.autograd.grad(losses, list(model.parameters())), strict=True):
-                    p.grad += g.float() / (world_size * accumulate)
+        optimizer.zero_grad()
+        for rank, micro in itertools.product(range(2), range(accumulate)):
+            x, y = (t.to(dtype) for t in batch_of(rank, step + 100 * micro))
+            gradients = torch.autograd.grad(nn.functional.mse_loss(model(x), y), list(model.parameters()))
+            for p, g in zip(master.parameters(), gradients, strict=True):
+                p.grad = g.float() / (2 * accumulate) + (0 if p.grad is None else p.grad)
         clipper.step(master)
         history.append(clipper.metrics)
         optimizer.step()
