@@ -7,6 +7,7 @@ import os
 import warnings
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 from training import make_batch, make_model, parameters
 
@@ -46,8 +47,13 @@ def as_launched(rank):
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", ZClipWarning)
         yield
-    for name in names:
-        del os.environ[name]
+
+
+def begin_with_accelerate():
+    """A rank's state as `accelerate launch` leaves it; on the CPU it has to be told that DeepSpeed has a backend."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
 
 
 def adamw(model):

@@ -5,6 +5,7 @@ import doctest
 import deepspeed_training
 import pytest
 import torch
+from accelerate import Accelerator, DeepSpeedPlugin
 from deepspeed.runtime import utils
 from deepspeed_training import (
     BF16_ENGINES,
@@ -13,6 +14,8 @@ from deepspeed_training import (
     OUTLIERS,
     STEPS,
     as_launched,
+    batch_of,
+    begin_with_accelerate,
     deepspeed,
     full_parameters,
     make_engine,
@@ -20,11 +23,25 @@ from deepspeed_training import (
     run,
     run_by_hand,
 )
+from torch import nn
 from training import make_model
+from transformers import Trainer, TrainingArguments
+from world import World
 
 import zclip_optim.integrations.deepspeed
 from zclip_optim import NonFiniteGradientError, ZClipOptimizer
+from zclip_optim.integrations import LOGGED
 from zclip_optim.integrations.deepspeed import attach
+from zclip_optim.integrations.transformers import ZClipCallback, attach_deepspeed
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Ranks with DeepSpeed alone, which keeps state of its own in a process; on a busy machine to import it is long."""
+    world = World(2, timeout=150.0)
+    yield world
+    world.close()
+
 
 ALL = {**ENGINES, **BF16_ENGINES}
 every_engine = pytest.mark.parametrize("config", ALL.values(), ids=ALL)
@@ -313,3 +330,165 @@ def check_example(rank):
 
 def test_the_example(two):
     two.run(check_example)
+
+
+def without_decay(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+
+
+class Regression(nn.Module):
+    """As the Trainer wants a model."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = make_model()
+
+    def forward(self, x, y):
+        return {"loss": nn.functional.mse_loss(self.layers(x), y)}
+
+
+class Rows(torch.utils.data.Dataset):
+    """The batches of the ranks in turn, row by row."""
+
+    def __len__(self):
+        return STEPS * 2 * 8
+
+    def __getitem__(self, i):
+        x, y = batch_of(i // 8 % 2, i // 16)
+        return {"x": x[i % 8], "y": y[i % 8]}
+
+
+def make_trainer(folder, stage, clipping=(("gradient_clipping", "auto"),), **options):
+    begin_with_accelerate()
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    arguments = {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "learning_rate": 1e-2, "max_steps": STEPS}
+    arguments |= {"logging_steps": 1, "save_steps": 12, "report_to": "none", "disable_tqdm": True, **options}
+    arguments = TrainingArguments(
+        folder,
+        per_device_train_batch_size=8,
+        train_sampling_strategy="sequential",
+        accelerator_config={"use_configured_state": True},
+        deepspeed={"zero_optimization": {"stage": stage}, **dict(clipping), **dict.fromkeys(batch, "auto")},
+        **arguments,
+    )
+    return Trainer(Regression(), arguments, train_dataset=Rows())
+
+
+def check_trainer(rank, folder, stage):
+    with as_launched(rank):
+        trainer = make_trainer(folder, stage)
+        clipper = attach_deepspeed(trainer, **OPTIONS)
+        ZClipCallback.attach(trainer)
+        trainer.train()
+        expected, params = run_by_hand(range(STEPS), {}, make_optimizer=without_decay)
+        torch.testing.assert_close(full_parameters(trainer.deepspeed), params, rtol=0, atol=1e-6)
+        *rows, summary = trainer.state.log_history
+        for name in LOGGED:
+            values = [row[f"zclip/{name}"] for row in rows]
+            assert values == pytest.approx([getattr(m, name) for m in expected], rel=1e-5, nan_ok=True)
+        assert [row["zclip/grad_norm"] for row in rows] == [row["grad_norm"] for row in rows]
+        assert not any(key.startswith("zclip") for key in summary)
+
+        resumed = make_trainer(folder, stage, save_strategy="no")
+        goes_on = attach_deepspeed(resumed, **OPTIONS)
+        ZClipCallback.attach(resumed)
+        resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-12")
+        assert torch.equal(full_parameters(resumed.deepspeed), full_parameters(trainer.deepspeed))
+        assert goes_on.metrics == clipper.metrics
+        assert repr(goes_on.state_dict()) == repr(clipper.state_dict())
+        logs = [{k: v for k, v in row.items() if "zclip" in k} for row in resumed.state.log_history[12:-1]]
+        assert logs == [{k: v for k, v in row.items() if "zclip" in k} for row in rows[12:]]
+        return repr(clipper.metrics)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_trainer_clips_logs_saves_and_resumes(two, stage, tmp_path):
+    assert len(set(two.run(check_trainer, str(tmp_path), stage))) == 1
+
+
+def check_refused_trainers(rank, folder):
+    with as_launched(rank):
+        for options in ({"clipping": ()}, {"max_grad_norm": 1.0}):
+            trainer = make_trainer(folder, 2, **options)
+            attach_deepspeed(trainer)
+            with pytest.raises(ValueError, match=r'gradient_clipping=1\.0 clips.*write "gradient_clipping": 0'):
+                trainer.train()
+        trainer = make_trainer(folder, 2)
+        with pytest.raises(ValueError, match="z_thresh"):
+            attach_deepspeed(trainer, z_thresh=-1.0)
+        ZClipCallback.attach(trainer)
+        with pytest.raises(TypeError, match=r"not a ZClipOptimizer.*\.attach_deepspeed\(trainer\) before train"):
+            trainer.train()
+        trainer = make_trainer(folder, 2)
+        attach_deepspeed(trainer)
+        ZClipCallback.attach(trainer, log_parameters=3)
+        with pytest.raises(TypeError, match="log_parameters must be None with DeepSpeed"):
+            trainer.train()
+
+
+def test_trainers_that_do_not_fit_are_refused(two, tmp_path):
+    two.run(check_refused_trainers, str(tmp_path))
+
+
+def test_a_trainer_without_deepspeed_is_refused(tmp_path):
+    trainer = Trainer(Regression(), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    with pytest.raises(ValueError, match=r"does not run on DeepSpeed: use Trainer\(\.\.\., optimizers="):
+        attach_deepspeed(trainer)
+
+
+def accelerated(**plugin):
+    """What prepare returns, and the accelerator."""
+    begin_with_accelerate()
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(**plugin))
+    accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 8
+    model = make_model()
+    return *accelerator.prepare(model, without_decay(model)), accelerator
+
+
+def train_with_accelerate(model, optimizer, accelerator, rank, steps):
+    for step in steps:
+        x, y = batch_of(rank, step)
+        accelerator.backward(nn.functional.mse_loss(model(x), y))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def check_accelerate(rank, folder):
+    config = {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.0, "gradient_accumulation_steps": 1}
+    with as_launched(rank):
+        model, optimizer, accelerator = accelerated(hf_ds_config=config)
+        clipper = attach(model, **OPTIONS)
+        train_with_accelerate(model, optimizer, accelerator, rank, range(14))
+        accelerator.save_state(folder)
+        train_with_accelerate(model, optimizer, accelerator, rank, range(14, STEPS))
+        expected, params = run_by_hand(range(STEPS), {}, make_optimizer=without_decay)
+        torch.testing.assert_close(full_parameters(model), params, rtol=0, atol=1e-6)
+        assert clipper.metrics.clipped_steps == expected[-1].clipped_steps
+        resumed, optimizer, accelerator = accelerated(hf_ds_config=config)
+        goes_on = attach(resumed, **OPTIONS)
+        accelerator.load_state(folder)
+        train_with_accelerate(resumed, optimizer, accelerator, rank, range(14, STEPS))
+        assert torch.equal(full_parameters(resumed), full_parameters(model))
+        assert goes_on.metrics == clipper.metrics
+        default = accelerated(gradient_clipping=0.0, zero_stage=2)[0]  # which Accelerate does not write down
+        refused(default, ValueError, r"gradient_clipping=1\.0 clips, by default if it is not given")
+
+
+def test_what_accelerate_prepares(two, tmp_path):
+    two.run(check_accelerate, str(tmp_path))
+
+
+def train_with_a_wrapped_optimizer(rank, stage):
+    engine, _ = make_engine(ENGINES[f"stage {stage}"], lambda model: ZClipOptimizer(two_groups(model)))
+    run(engine, None, rank, range(2))
+
+
+def check_wrapped_optimizers(rank):
+    with as_launched(rank):
+        for stage in (2, 3):
+            with pytest.raises(ValueError, match=r"integrations\.deepspeed\.attach\(engine\)"):
+                train_with_a_wrapped_optimizer(rank, stage)
+
+
+def test_zero_around_a_wrapped_optimizer_names_attach(two):
+    two.run(check_wrapped_optimizers)
