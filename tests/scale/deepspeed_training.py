@@ -1,6 +1,7 @@
 """Engines of DeepSpeed on the CPU ranks of a World, their batches, and the same training by hand in one process."""
 
 import contextlib
+import gc
 import itertools
 import math
 import os
@@ -43,6 +44,7 @@ def as_launched(rank):
     """The environment that DeepSpeed's launcher gives a rank; warnings of frameworks are theirs, ours are errors."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
     os.environ.update({name: str(value) for name, value in names.items()})
+    gc.freeze()  # BF16_Optimizer collects garbage several times when it is made
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", ZClipWarning)

@@ -77,22 +77,15 @@ def test_it_is_one_process_that_clips_by_hand(two, config):
     assert len(set(two.run(check_against_one_process, config))) == 1
 
 
-def check_accumulation(rank, config):
-    return check_against_one_process(rank, {**config, "gradient_accumulation_steps": 2}, accumulate=2)
+def check_accumulation_and_groups(rank, config):
+    check_against_one_process(
+        rank, {**config, "gradient_accumulation_steps": 2}, accumulate=2, make_optimizer=two_groups
+    )
 
 
 @every_way
-def test_accumulation(two, config):
-    two.run(check_accumulation, config)
-
-
-def check_param_groups(rank, config):
-    return check_against_one_process(rank, config, make_optimizer=two_groups)
-
-
-@every_way
-def test_param_groups(two, config):
-    two.run(check_param_groups, config)
+def test_accumulation_and_param_groups(two, config):
+    two.run(check_accumulation_and_groups, config)
 
 
 def check_that_nothing_else_changes(rank, config):
@@ -104,7 +97,7 @@ def check_that_nothing_else_changes(rank, config):
         assert torch.equal(full_parameters(engine), full_parameters(bare))
 
 
-@every_engine
+@every_way
 def test_steps_that_are_not_clipped_are_those_of_the_bare_engine(two, config):
     two.run(check_that_nothing_else_changes, config)
 
@@ -283,13 +276,16 @@ def test_options_and_versions_that_do_not_fit_are_refused_and_nothing_changes(tw
 
 
 def check_refused_engines(rank):
-    with as_launched(rank):
+    with as_launched(rank), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED", False)  # which is never set back
         for config, text in [
             ({"gradient_clipping": 1.0}, r'gradient_clipping=1\.0 .*write "gradient_clipping": 0'),
             ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm must not be false"),
-            ({"zero_optimization": {"stage": 1}, "torch_autocast": {"enabled": True, "dtype": "float16"}}, "float16"),
+            ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast with float16"),
+            (ENGINES["stage 1"], "torch_autocast with float16"),  # and so every later one has a GradScaler
         ]:
             refused(make_engine(config)[0], ValueError, text)
+        patch.setattr("deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED", False)
         refused(make_engine({}, lambda model: ZClipOptimizer(two_groups(model)))[0], ValueError, "this ZClipOptimizer")
         model = make_model()
         default, *_ = deepspeed.initialize(

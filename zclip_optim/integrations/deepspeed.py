@@ -7,8 +7,6 @@ import types
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import torch
-
 from zclip_optim.clipper import ZClip
 from zclip_optim.distributed import ShardGroups
 from zclip_optim.gradients import choices
@@ -75,7 +73,7 @@ def _reasons_against(engine: Any, clipper: ZClip) -> dict[str, Any]:
     """Why it would not be right, and whether that is so."""
     utils.combine_grad_norm_groups  # noqa: B018  # a version without it takes two norms that are NaN for a healthy one
     limit, config, inner = engine.gradient_clipping(), clipper.config, engine.basic_optimizer
-    is_plain, autocast = engine.optimizer is inner, engine.torch_autocast_enabled()
+    scalers = engine.torch_autocast_z0_gradscaler, getattr(engine.optimizer, "torch_autocast_gradscaler", None)
     return {
         "this engine has a ZClip already": hasattr(engine.optimizer, "zclip"),
         "the optimizer clips already: hand over the one in this ZClipOptimizer": isinstance(inner, ZClipOptimizer),
@@ -89,14 +87,15 @@ def _reasons_against(engine: Any, clipper: ZClip) -> dict[str, Any]:
         "use_muon in a param group: DeepSpeed has the norm of its updates": any(
             g.get("use_muon") for g in inner.param_groups
         ),
-        "float16: DeepSpeed may change the loss scale between its norm and its scaling; use bfloat16": (
-            engine.fp16_enabled() or (autocast and engine.torch_autocast_dtype() == torch.float16)
-        ),
+        "float16: DeepSpeed may change the loss scale between norm and scaling; use bfloat16": engine.fp16_enabled(),
+        "torch_autocast with float16: DeepSpeed has the norm of scaled gradients; use bfloat16": any(scalers),
         "compute_grad_norm must not be false in zero_optimization": not engine.zero_compute_grad_norm(),
         "super_offload must be off: it steps before it has the norm": engine.super_offload(),
         "zenflow must be off: it steps without a norm of all gradients": engine.zenflow,
         "MoE layers: DeepSpeed leaves experts out of its norm, or averages theirs": engine.has_moe_layers,
-        "mpu: at stage 0 in float32 there is no norm of its ranks; use stage 1": is_plain and engine.mpu is not None,
+        "mpu: at stage 0 in float32 there is no norm of its ranks; use stage 1": (
+            engine.optimizer is inner and engine.mpu is not None
+        ),
     }
 
 
