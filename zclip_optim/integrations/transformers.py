@@ -120,7 +120,8 @@ class ZClipCallback(TrainerCallback):
 def attach_deepspeed(trainer: Trainer, **options: Any) -> ZClip:
     """Clip gradient-norm spikes of a Trainer that runs on DeepSpeed, as `integrations.deepspeed.attach` does.
 
-    Its checkpoints, in the folders of the Trainer, keep the statistics and resume them. `ZClipCallback` logs.
+    The checkpoints of the Trainer keep the statistics and resume them. `ZClipCallback` logs, and refuses to train where
+    nothing was attached, such as with the accelerator that a hyperparameter search makes anew.
 
     Args:
         trainer: before `train`, with ``max_grad_norm=0.0`` in its TrainingArguments and ``"gradient_clipping": "auto"``
