@@ -57,9 +57,7 @@ def attach_clipper(engine: Any, clipper: ZClip) -> ZClip:
         reasons = _reasons_against(engine, clipper)
         places = [(owner, name, getattr(owner, name), hook) for owner, name, hook in _Hooks(engine, clipper).places()]
     except AttributeError as error:
-        raise RuntimeError(
-            f"deepspeed {__version__} does not fit: {error}; use 0.19.8 or a newer zclip_optim"
-        ) from error
+        raise RuntimeError(f"deepspeed {__version__} does not fit: {error}; use 0.19.8 or newer zclip_optim") from error
     for reason, applies in reasons.items():
         if applies:
             raise ValueError(reason)
@@ -84,18 +82,14 @@ def _reasons_against(engine: Any, clipper: ZClip) -> dict[str, Any]:
         "process_group must be None: DeepSpeed has groups of its own": clipper.process_groups != ShardGroups(),
         "nonfinite must be 'skip' or 'raise': DeepSpeed never takes such a step": config.nonfinite == "pass",
         "zclip=False in a param group: DeepSpeed has one norm of all groups": not all(choices(inner.param_groups)),
-        "use_muon in a param group: DeepSpeed has the norm of its updates": any(
-            g.get("use_muon") for g in inner.param_groups
-        ),
+        "use_muon: DeepSpeed has the norm of its updates": any(group.get("use_muon") for group in inner.param_groups),
         "float16: DeepSpeed may change the loss scale between norm and scaling; use bfloat16": engine.fp16_enabled(),
         "torch_autocast with float16: DeepSpeed has the norm of scaled gradients; use bfloat16": any(scalers),
         "compute_grad_norm must not be false in zero_optimization": not engine.zero_compute_grad_norm(),
         "super_offload must be off: it steps before it has the norm": engine.super_offload(),
         "zenflow must be off: it steps without a norm of all gradients": engine.zenflow,
         "MoE layers: DeepSpeed leaves experts out of its norm, or averages theirs": engine.has_moe_layers,
-        "mpu: at stage 0 in float32 there is no norm of its ranks; use stage 1": (
-            engine.optimizer is inner and engine.mpu is not None
-        ),
+        "mpu: without ZeRO, in float32, there is no norm of all its ranks": engine.optimizer is inner and engine.mpu,
     }
 
 
