@@ -25,7 +25,7 @@ Groups: TypeAlias = tuple[Any, ...]  # of ProcessGroups, a class that not every 
 AVAILABLE = dist.is_available()  # a property of the build of torch
 PLAIN = {Parameter, Tensor, type(None)}
 NOT_SEEN = "keeps the gradients in buffers of its own, so their norm cannot be seen here"
-WITH_ITS_NORM = "ZClip().decide with the norm that it reports"
+ON_DEEPSPEED = "zclip_optim.integrations.deepspeed.attach(engine)"
 
 
 class Part(NamedTuple):
@@ -502,12 +502,12 @@ def refuse_foreign_gradients(base_optimizer: object, params: Iterable[Tensor]) -
     package, _, module = type(base_optimizer).__module__.partition(".")
     params = list(params)
     if (package == "deepspeed" and not module.startswith("ops.")) or any(hasattr(p, "ds_id") for p in params):
-        owner, instead = "DeepSpeed ZeRO", "torch's fully_shard"
+        owner, instead = "DeepSpeed ZeRO", ON_DEEPSPEED
     elif package == "megatron" or any(hasattr(p, "main_grad") for p in params):
         owner, instead = "Megatron", "zclip_optim.integrations.megatron.attach(optimizer)"
     else:
         return
-    raise ValueError(f"{owner} {NOT_SEEN}: use {instead}, or {WITH_ITS_NORM}")
+    raise ValueError(f"{owner} {NOT_SEEN}: use {instead} with the optimizer unwrapped")
 
 
 def most_dimensions(params: Iterable[Tensor]) -> int:
@@ -545,5 +545,5 @@ def refuse_flat_shards(params: Iterable[Tensor], dimensions: int | None) -> None
     if "deepspeed" in sys.modules and dimensions is not None and most_dimensions(params) == 1 < dimensions:
         raise ValueError(
             f"DeepSpeed has replaced the parameters by flat shards and {NOT_SEEN}. Hand deepspeed.initialize the "
-            f"optimizer without ZClipOptimizer; use torch's fully_shard, or {WITH_ITS_NORM}"
+            f"optimizer without ZClipOptimizer, then call {ON_DEEPSPEED}"
         )

@@ -4,17 +4,18 @@ from typing import Any
 
 from torch import nn
 
+from zclip_optim.clipper import ZClip
 from zclip_optim.metrics import ParameterNorm
 from zclip_optim.optimizer import ZClipOptimizer
 
 LOGGED = ("grad_norm", "clipped_norm", "clip_coef", "threshold", "z_score", "mean", "std", "clip_rate")
 
 
-def metrics_to_log(optimizer: ZClipOptimizer, prefix: str = "zclip/") -> dict[str, float]:
+def metrics_to_log(optimizer: ZClipOptimizer | ZClip, prefix: str = "zclip/") -> dict[str, float]:
     """The metrics of the last step that a trainer's loggers get. On accelerators this waits for the device.
 
     Args:
-        optimizer: any, stepped or not.
+        optimizer: any, stepped or not; or a `ZClip`.
         prefix: put before every name.
 
     Returns:

@@ -1,8 +1,10 @@
-"""Hugging Face Trainer: a callback that logs what the `ZClipOptimizer` given to the Trainer does."""
+"""Hugging Face Trainer: a callback that logs what ZClip does, and a Trainer on DeepSpeed, whose engine clips."""
 
+import functools
 import warnings
 from typing import Any
 
+from zclip_optim.clipper import ZClip
 from zclip_optim.health import ZClipWarning
 from zclip_optim.integrations import ShareLog, metrics_to_log, missing_extra
 from zclip_optim.metrics import refuse_unless_count
@@ -31,7 +33,8 @@ class ZClipCallback(TrainerCallback):
 
     Raises:
         ValueError: `log_parameters` is out of its range.
-        TypeError: when training starts, if the Trainer's optimizer is not a `ZClipOptimizer`; says how to pass one.
+        TypeError: when training starts, if the Trainer's optimizer is not a `ZClipOptimizer`; says how to pass one. On
+            DeepSpeed `attach_deepspeed` takes its place, and `log_parameters` must be None.
 
     Warns:
         ZClipWarning: `max_grad_norm` of the TrainingArguments is not 0: it clips first and hides every spike.
@@ -73,6 +76,8 @@ class ZClipCallback(TrainerCallback):
         optimizer = _find_zclip(kwargs["optimizer"])
         self._stop_looking()
         if self.log_parameters is not None:
+            if isinstance(optimizer, ZClip):
+                raise TypeError("log_parameters must be None with DeepSpeed, whose engine has the gradients")
             self._shares = ShareLog(optimizer, kwargs["model"], self.log_parameters)
         if args.max_grad_norm:
             warnings.warn(
@@ -112,15 +117,55 @@ class ZClipCallback(TrainerCallback):
         self._shares = None
 
 
-def _find_zclip(optimizer: Any) -> ZClipOptimizer:
-    """The ZClipOptimizer within the wrappers of Accelerate."""
+def attach_deepspeed(trainer: Trainer, **options: Any) -> ZClip:
+    """Clip gradient-norm spikes of a Trainer that runs on DeepSpeed, as `integrations.deepspeed.attach` does.
+
+    The checkpoints of the Trainer keep the statistics and resume them. `ZClipCallback` logs, and refuses to train where
+    nothing was attached, such as with the accelerator that a hyperparameter search makes anew.
+
+    Args:
+        trainer: before `train`, with ``max_grad_norm=0.0`` in its TrainingArguments and ``"gradient_clipping": "auto"``
+            in the config for DeepSpeed; its optimizer is not to be wrapped.
+        **options: the keyword arguments of `ZClip`, with the same meaning, defaults and errors.
+
+    Returns:
+        The `ZClip`, whose `metrics` are those of the last step.
+
+    Raises:
+        ValueError: it does not run on DeepSpeed. When training starts, what `integrations.deepspeed.attach` raises.
+    """
+    from zclip_optim.integrations.deepspeed import attach_clipper  # of another extra
+
+    if not trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "the trainer does not run on DeepSpeed: use Trainer(..., optimizers=(ZClipOptimizer(...), None))"
+        )
+    clipper, prepare = ZClip(**options), trainer.accelerator.prepare
+
+    @functools.wraps(prepare)
+    def prepare_and_attach(*args: Any, **kwargs: Any) -> Any:
+        prepared = prepare(*args, **kwargs)
+        for each in prepared if isinstance(prepared, tuple) else [prepared]:
+            if getattr(each, "basic_optimizer", None) is not None:  # not the engine of an evaluation
+                attach_clipper(each, clipper)
+        return prepared
+
+    trainer.accelerator.prepare = prepare_and_attach  # not in a callback: checkpoints are loaded before the first one
+    return clipper
+
+
+def _find_zclip(optimizer: Any) -> ZClipOptimizer | ZClip:
+    """The ZClipOptimizer within the wrappers of Accelerate, or the ZClip that was attached to DeepSpeed's optimizer."""
     inner = optimizer
     while not isinstance(inner, ZClipOptimizer):
+        if isinstance(attached := getattr(inner, "zclip", None), ZClip):
+            return attached
         if not hasattr(inner, "optimizer"):
             raise TypeError(
                 f"the Trainer's optimizer, {type(inner).__name__}, is not a ZClipOptimizer, so nothing would be "
                 "clipped: pass Trainer(..., optimizers=(ZClipOptimizer(torch.optim.AdamW(model.parameters(), "
-                "lr=...)), None)); with None the Trainer makes its scheduler as usual"
+                "lr=...)), None)); with None the Trainer makes its scheduler as usual. On DeepSpeed, call "
+                "zclip_optim.integrations.transformers.attach_deepspeed(trainer) before train()"
             )
         inner = inner.optimizer
     return inner
