@@ -361,7 +361,6 @@ class TestSaved:
         ],
         ids=["nested", "flat", "full"],
     )
-    @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
     @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed.*:FutureWarning")
     def test_dcp_resumes(self, options, tmp_path):
         model, optimizer = trained(35)

@@ -15,10 +15,7 @@ from training import make_model, parameters, train
 
 from zclip_optim import ZClipOptimizer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized"),
-    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed.*:FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed.*:FutureWarning")
 OPTIONS = [
     StateDictOptions(),
     StateDictOptions(flatten_optimizer_state_dict=True),

@@ -89,9 +89,7 @@ def restore(way, optimizer, saved, options):
 def quiet():
     """torch's own warnings about its own calls."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         warnings.filterwarnings("ignore", ".*is deprecated and will be removed", FutureWarning)
-        warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
         yield
 
 
