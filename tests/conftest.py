@@ -5,6 +5,7 @@ import os
 import hypothesis
 import pytest
 import torch
+from versions import TORCHS_OWN_WARNINGS
 from world import World
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
@@ -13,6 +14,11 @@ torch.set_num_threads(
     1
 )  # the tensors are tiny; a busy machine makes threads that wait for each other seven times slower
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_configure(config):
+    for message in TORCHS_OWN_WARNINGS:
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
 def processes(size):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from versions import needs_fsdp2_on_cpu
 
 from benchmarks.__main__ import main
 from benchmarks.training.llama import LanguageModel
@@ -74,6 +75,7 @@ def assert_same(some, others):
             assert record[name] == pytest.approx(others[step][name], rel=1e-3)
 
 
+@needs_fsdp2_on_cpu
 def test_every_strategy_goes_on_from_a_sharded_checkpoint(tmp_path, text):
     size = ("--steps", 6, "--batch", 4, "--save-every", 4, "--data", text)
     train("--strategy", "fsdp2", "--out", tmp_path / "whole", *size, ranks=2)

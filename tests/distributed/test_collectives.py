@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from versions import needs_foreach_norm_of_dtensors, needs_uneven_shards
 
 from benchmarks.training.llama import LanguageModel, ModelConfig
 from zclip_optim import ZClip, ZClipOptimizer
@@ -99,8 +100,11 @@ def collectives_of(call):
 @pytest.mark.parametrize("ranks", [1024, 4096], indirect=True)
 @pytest.mark.parametrize(
     ("strategy", "expected"),
-    [(hybrid, 1), (tensor_parallel, 2)],  # norms and embeddings are on the mesh "data" alone: two meshes
-    ids=["hybrid", "tensor parallel"],
+    [
+        pytest.param(hybrid, 1, id="hybrid"),
+        # Norms and embeddings are on the mesh "data" alone: two meshes.
+        pytest.param(tensor_parallel, 2, id="tensor parallel", marks=needs_uneven_shards),
+    ],
 )
 @pytest.mark.parametrize("config", [SMALL, BILLION], ids=["1M", "1B"])
 def test_a_step_takes_one_scalar_per_mesh(ranks, strategy, expected, config):
@@ -147,7 +151,9 @@ def test_all_ranks_sum_over_the_dimensions_of_a_mesh_in_one_order(monkeypatch):
 
 
 @pytest.mark.parametrize("ranks", [1024], indirect=True)
-@pytest.mark.parametrize(("strategy", "expected"), [(hybrid, 1), (tensor_parallel, 2)])
+@pytest.mark.parametrize(
+    ("strategy", "expected"), [(hybrid, 1), pytest.param(tensor_parallel, 2, marks=needs_uneven_shards)]
+)
 def test_norms_by_parameter_travel_together(ranks, strategy, expected):
     model = sharded_model(SMALL, strategy, ranks)
     optimizer = ZClipOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1))
@@ -167,6 +173,7 @@ def test_replicas_count_once_in_norms_by_parameter(ranks):
     assert each.norm == pytest.approx(math.sqrt(4 / 2))  # of two replicas' sum, the fake all-reduce leaves one
 
 
+@needs_foreach_norm_of_dtensors
 @pytest.mark.parametrize("ranks", [1024], indirect=True)
 def test_what_torch_itself_takes(ranks):
     """As the comparison in benchmarks/results/collectives.md says."""

@@ -15,10 +15,7 @@ from training import make_model, parameters, train
 
 from zclip_optim import ZClipOptimizer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized"),
-    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed.*:FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed.*:FutureWarning")
 OPTIONS = [
     StateDictOptions(),
     StateDictOptions(flatten_optimizer_state_dict=True),
@@ -61,10 +58,10 @@ def test_get_and_set_resume_bit_for_bit(options):
 def test_save_and_load_resume_bit_for_bit(options, tmp_path):
     model, optimizer = trained()
     states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
-    dcp.save(states, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save(states, checkpoint_id=tmp_path)
     model, optimizer = build(seed=1)
     states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
-    dcp.load(states, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load(states, checkpoint_id=tmp_path)
     set_state_dict(
         model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"], options=options
     )
@@ -113,7 +110,7 @@ def test_a_bare_flattened_checkpoint_loads_before_wrapping_and_names_our_key_aft
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     model, bare = trained(wrap=False)
     state = get_optimizer_state_dict(model, bare, options=options)
-    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save(state, checkpoint_id=tmp_path)
 
     model, bare = build(wrap=False)
     set_optimizer_state_dict(model, bare, state, options=options)
@@ -125,4 +122,4 @@ def test_a_bare_flattened_checkpoint_loads_before_wrapping_and_names_our_key_aft
         set_optimizer_state_dict(model, optimizer, state, options=options)
     template = get_optimizer_state_dict(model, optimizer, options=options)
     with pytest.raises(CheckpointException, match=r"\.zclip"):
-        dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+        dcp.load(template, checkpoint_id=tmp_path)

@@ -17,6 +17,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from training import backward, make_model, set_gradients
+from versions import needs_fsdp2_on_cpu
 from world import World
 
 import zclip_optim.gradients
@@ -193,6 +194,7 @@ def check_strided_shards(rank):
     return norm
 
 
+@needs_fsdp2_on_cpu
 def test_strided_shards(four):
     assert len(set(four.run(check_strided_shards))) == 1
 
@@ -342,6 +344,7 @@ def check_a_fault_on_one_rank(rank, fault):
     return metrics.clipped, metrics.skipped, all(same), metrics.mean, metrics.std, repr(optimizer.metrics)
 
 
+@needs_fsdp2_on_cpu
 @pytest.mark.parametrize(
     ("fault", "clipped", "skipped"),
     [(math.nan, False, True), (math.inf, False, True), (1e4, True, False), (0.0, False, False), (None, False, False)],
@@ -370,6 +373,7 @@ def check_the_error_is_raised_everywhere(rank, options, steps):
         optimizer.step()
 
 
+@needs_fsdp2_on_cpu
 @pytest.mark.parametrize(
     ("options", "steps"), [({"nonfinite": "raise"}, 1), ({"max_consecutive_nonfinite": 3}, 3)], ids=str
 )
@@ -644,5 +648,6 @@ def check_sharding_after_wrapping(rank):
             optimizer.step()
 
 
+@needs_fsdp2_on_cpu
 def test_sharding_after_wrapping_is_warned_of(two):
     two.run(check_sharding_after_wrapping)

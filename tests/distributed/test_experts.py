@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from training import set_gradients
+from versions import on_fsdp2
 
 import zclip_optim.gradients
 from zclip_optim import NonFiniteGradientError, ZClip, ZClipOptimizer
@@ -131,7 +132,7 @@ class OnMeshes(BesideFsdp2):
         return {}
 
 
-every_way = pytest.mark.parametrize("way", [BesideDdp, BesideFsdp2, OnMeshes])
+every_way = pytest.mark.parametrize("way", [BesideDdp, on_fsdp2(BesideFsdp2), on_fsdp2(OnMeshes)])
 every_ep = pytest.mark.parametrize("ep", [2, 4])
 
 
@@ -224,7 +225,7 @@ def check_that_it_goes_on(rank, way, through):
 
 
 @pytest.mark.parametrize(
-    ("way", "through"), [(BesideDdp, through_a_file), (BesideDdp, through_dcp), (BesideFsdp2, through_dcp)]
+    ("way", "through"), [(BesideDdp, through_a_file), (BesideDdp, through_dcp), on_fsdp2(BesideFsdp2, through_dcp)]
 )
 def test_it_goes_on_from_a_checkpoint(four, way, through):
     four.run(check_that_it_goes_on, way, through)
@@ -391,7 +392,7 @@ def check_statistics_that_stay_on_the_device(rank, way):
     return norms
 
 
-@pytest.mark.parametrize("way", [BesideDdp, BesideFsdp2])
+@pytest.mark.parametrize("way", [BesideDdp, on_fsdp2(BesideFsdp2)])
 def test_statistics_that_stay_on_the_device(four, way):
     first, *others = four.run(check_statistics_that_stay_on_the_device, way)
     assert all(other == first for other in others)

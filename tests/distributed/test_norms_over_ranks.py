@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Partial
 from training import backward, make_model, set_gradients
+from versions import needs_fsdp2_on_cpu
 
 import zclip_optim.gradients
 from zclip_optim import ZClip, ZClipOptimizer
@@ -50,6 +51,7 @@ def check_fsdp2(rank, on_device):
     return norms
 
 
+@needs_fsdp2_on_cpu
 @pytest.mark.parametrize("on_device", [False, True])
 def test_fsdp2_has_the_list_of_one_process(two, on_device):
     first, second = two.run(check_fsdp2, on_device)

@@ -58,7 +58,7 @@ def torch_cases():
                 yield f"{name} {search}", replace(case, lacks={"copy": NO_COPY})
         elif cls is torch.optim.SparseAdam:
             yield name, Case(with_params(cls, **options), model=sparse)
-        elif cls is torch.optim.Muon:
+        elif name == "Muon":
             yield name, Case(with_params(cls, **options), model=matrices)
         else:
             yield from implementations(name, cls, options)

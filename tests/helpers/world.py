@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from versions import TORCHS_OWN_WARNINGS
 
 PRELOAD = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "zclip_optim"]
+START = 60.0  # seconds that they have to come up, which no call pays for
 GRACE = 3.0  # seconds that the other ranks have to end after one has failed
 
 
@@ -32,15 +34,19 @@ class World:
         """What `function(rank, *args)` returned, by rank; an AssertionError with every rank's output if one failed."""
         if not self.ranks:
             self._start()
+            self._answers("start", START)
         for _, connection in self.ranks:
             connection.send((function, args))
-        answers = self._collect()
+        return self._answers(f"{function.__name__}{args}", self.timeout)
+
+    def _answers(self, name, timeout):
+        answers = self._collect(timeout)
         failed = [rank for rank in range(self.size) if rank not in answers or answers[rank][0] != "returned"]
         if failed:
             self._dump(rank for rank in range(self.size) if rank not in answers)
             text = self._output()
             self.close()
-            raise AssertionError(f"{function.__name__}{args} failed on ranks {failed}\n{text}")
+            raise AssertionError(f"{name} failed on ranks {failed}\n{text}")
         return [answers[rank][1] for rank in range(self.size)]
 
     def _start(self):
@@ -55,10 +61,10 @@ class World:
             theirs.close()
             self.ranks.append((process, connection))
 
-    def _collect(self):
+    def _collect(self, timeout):
         """Answers by rank, until all are there, one has been missing for too long or its process has ended."""
         answers = {}
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + timeout
         while len(answers) < self.size:
             waiting = {c: rank for rank, (_, c) in enumerate(self.ranks) if rank not in answers}
             ready = wait(waiting, max(0.0, deadline - time.monotonic()))
@@ -103,6 +109,7 @@ def _serve(rank, size, folder, connection):
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    connection.send_bytes(pickle.dumps(("returned", None)))
     while True:
         try:
             function, args = connection.recv()
@@ -116,6 +123,8 @@ def _call(function, rank, args):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            for message in TORCHS_OWN_WARNINGS:
+                warnings.filterwarnings("ignore", message)
             return "returned", function(rank, *args)
     except BaseException:
         traceback.print_exc()

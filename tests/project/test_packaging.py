@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 from inner_optimizers import CASES
+from versions import needs_muon
 
 import zclip_optim
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf8")
 CI = (ROOT / ".ci" / "run").read_text(encoding="utf8")
+VERSIONS = (ROOT / ".ci" / "versions").read_text(encoding="utf8")
 DESCRIPTION = (ROOT / "DESCRIPTION.md").read_text(encoding="utf8")
 RELATIVE_LINK = r"\[[^\]]*\]\((?!https://)[^)]*\)"
 EXTRAS = ["lightning", "accelerate", "transformers", "matplotlib", "tensorboard", "tqdm", "zclip", "torch_optimizer"]
@@ -110,6 +112,7 @@ def test_every_argument_is_in_the_readme_with_its_default():
             assert ast.literal_eval(row.split("|")[2].strip(" `")) == default
 
 
+@needs_muon
 def test_readme_counts_the_optimizers_that_are_tested():
     assert f"the tests hold {len(CASES)} configurations of inner optimizers" in README
 
@@ -150,6 +153,7 @@ def test_the_oldest_python_is_the_same_everywhere():
     assert 'python_version = "3.10"' in pyproject
     assert re.search(r"vermin .*--target=3\.10- zclip_optim$", CI, flags=re.MULTILINE)
     assert "It needs Python 3.10 and PyTorch 2.6 or newer" in README
+    assert re.search(r'^versions=\("3\.10 2\.6\.0" ', VERSIONS, flags=re.MULTILINE)
 
 
 def test_the_changelog_begins_with_what_is_to_come_or_with_this_version():

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 from training import make_batch, make_model, parameters, train_accumulating
+from versions import Muon
 
 from zclip_optim import ZClipOptimizer, ZClipWarning
 
@@ -64,7 +65,7 @@ def test_the_run_is_that_of_plain_torch(accumulate):
 
 def muon_and_adamw(params):
     params = list(params)
-    matrices = torch.optim.Muon([p for p in params if p.ndim == 2], lr=0.02)
+    matrices = Muon([p for p in params if p.ndim == 2], lr=0.02)
     return [matrices, torch.optim.AdamW([p for p in params if p.ndim != 2], lr=1e-2)]
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader
 from training import make_batch, make_model, parameters, train_accumulating
+from versions import Muon
 
 from zclip_optim import ZClipOptimizer, ZClipWarning
 from zclip_optim.integrations.lightning import ZClipCallback
@@ -41,7 +42,7 @@ def lbfgs(params):
 
 def muon_and_adamw(params):
     params = list(params)
-    matrices = torch.optim.Muon([p for p in params if p.ndim == 2], lr=0.02)
+    matrices = Muon([p for p in params if p.ndim == 2], lr=0.02)
     return [matrices, adamw([p for p in params if p.ndim != 2])]
 
 

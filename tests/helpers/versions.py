@@ -1,0 +1,49 @@
+"""What releases of torch lack or do wrong by themselves, seen with bare torch: marks with their reason, substitutes."""
+
+import pytest
+import torch
+
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
+
+def needs_torch(*release, reason):
+    return pytest.mark.skipif(release > TORCH, reason=f"torch {torch.__version__}, without ZClip: {reason}")
+
+
+needs_muon = needs_torch(2, 9, reason="torch.optim has no Muon")
+
+# `fully_shard(nn.Linear(6, 8))` and a backward over two gloo processes: 2.6 raises AttributeError in the forward pass,
+# "'Stream' object has no attribute 'record_event'"; in 2.7 the gradients are twice those of one process.
+needs_fsdp2_on_cpu = needs_torch(2, 9, reason="fully_shard on the CPU raises, or its gradients are twice too large")
+
+# `fully_shard` of a parallelized module over 1,024 ranks: "FSDP+TP sharding does not support uneven sharding for now".
+needs_uneven_shards = needs_torch(2, 8, reason="FSDP2 over tensor parallel wants shards of equal size")
+
+# `clip_grad_norm_` of FSDP2 takes an all-reduce per parameter there.
+needs_foreach_norm_of_dtensors = needs_torch(2, 7, reason="clip_grad_norm_ takes more collectives")
+
+
+def on_fsdp2(*values):
+    """A case of a parametrized test that trains with FSDP2."""
+    return pytest.param(*values, marks=needs_fsdp2_on_cpu)
+
+
+# What torch says of its own calls, some releases more than others.
+TORCHS_OWN_WARNINGS = [
+    "DTensor random operators may not have complete support on cpu device mesh",  # 2.6: any distribute_tensor
+    "torch.distributed is (disabled, )?unavailable or uninitialized",  # a checkpoint of one process
+    "The epoch parameter in .scheduler.step... was not necessary",  # 2.6: SequentialLR's own call
+    "Skipping serialization of skipfiles_inline_module_allowlist",  # 2.6: inductor's first compilation
+    "TypedStorage is deprecated",  # torch.distributed.checkpoint's own use of it
+]
+
+
+class _Sgd(torch.optim.SGD):
+    """For tests of several optimizers, which want one for the matrices, with a state, whatever it computes."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, lr=lr, momentum=0.9)
+
+
+_Sgd.__name__ = "Muon"
+Muon = getattr(torch.optim, "Muon", _Sgd)
