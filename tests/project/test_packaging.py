@@ -66,7 +66,10 @@ def test_importing_it_imports_no_extra():
     [
         ("lightning", "import zclip_optim.integrations.lightning", "lightning"),
         ("transformers", "import zclip_optim.integrations.transformers", "transformers"),
-        ("megatron", "import zclip_optim.integrations.megatron", "megatron"),
+        *(
+            (stack, f"import zclip_optim.integrations.{stack}", stack)
+            for stack in ("deepspeed", "megatron", "torchtitan")
+        ),
         (
             "matplotlib",
             "import zclip_optim.plotting as p; p.plot_history([{'grad_norm': 1, 'clipped_norm': 1}])",

@@ -4,32 +4,23 @@ import csv
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import pytorch_optimizer
 import torch
-from accelerate import Accelerator
 from lightning.pytorch import LightningModule
+from readme import BLOCKS, README, block
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from training import make_batch, make_model, parameters, set_gradients
-from versions import needs_fsdp2_on_cpu, needs_muon
+from versions import needs_muon
 
 from zclip_optim import ZClip, ZClipOptimizer
 from zclip_optim.plotting import plot_history, plot_norms_by_parameter
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 STEPS = 60
-
-
-def block(text):
-    """The one example that has this text in it."""
-    (found,) = [block for block in BLOCKS if text in block]
-    return found
 
 
 def ingredients(**others):
@@ -101,52 +92,6 @@ def test_transformers():
     assert names["scheduler"].last_epoch == names["trainer"].state.global_step
 
 
-def test_accelerate():
-    accelerator = Accelerator(gradient_accumulation_steps=2)
-    names = ingredients(accelerator=accelerator)
-    exec(block("accelerator.prepare"), names)
-    model, optimizer = names["model"], names["optimizer"]
-    for x, y in names["loader"]:
-        with accelerator.accumulate(model):
-            accelerator.backward(nn.functional.mse_loss(model(x), y))
-            optimizer.step()
-            optimizer.zero_grad()
-    assert optimizer.optimizer.metrics.step == STEPS // 2
-
-
-@needs_fsdp2_on_cpu
-def test_fsdp2_on_two_ranks():
-    """Each rank is a process of its own; they see the same batches, so the norm is that of one process."""
-    example = textwrap.indent(block("fully_shard"), "    ")
-    code = f"""if True:
-    import sys, torch
-    sys.path.insert(0, {str(Path(__file__).parents[1] / "helpers")!r})
-    from training import make_batch, make_model
-    torch.set_num_threads(1)
-    rendezvous = "file://{Path("rendezvous").absolute()}"
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=int(sys.argv[1]), world_size=2)
-    model, loader, loss_fn = make_model(), map(make_batch, range({STEPS})), torch.nn.functional.mse_loss
-{example}
-    for x, y in loader:
-        optimizer.zero_grad()
-        loss_fn(model(x), y).backward()
-        optimizer.step()
-    print("norm", optimizer.metrics.step, optimizer.metrics.grad_norm)
-    torch.distributed.destroy_process_group()"""
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", code, rank], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]
-    outputs = [process.communicate(timeout=120) for process in ranks]
-    names = ingredients()
-    exec(block("import torch\n"), names)
-    for process, (output, error) in zip(ranks, outputs, strict=True):
-        assert process.returncode == 0, error
-        step, norm = re.search(r"^norm (\S+) (\S+)$", output, re.MULTILINE).groups()  # gloo may print there too
-        assert int(step) == STEPS
-        assert float(norm) == pytest.approx(names["optimizer"].metrics.grad_norm, rel=1e-5)
-
-
 @pytest.mark.parametrize(
     ("example", "norm"),
     [pytest.param(block("muon, adamw"), 2.0, marks=needs_muon), (block("pytorch_optimizer"), 2**0.5)],
@@ -202,7 +147,7 @@ def test_csv_and_its_picture():
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
-    (command,) = re.findall(r"^    python -m (zclip_optim\.plotting .*)$", README, flags=re.MULTILINE)
+    (command,) = re.findall(r"`python -m (zclip_optim\.plotting .*?)`", README)
     subprocess.run([sys.executable, "-m", *command.split()], check=True)
     picture = Path("zclip.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -213,7 +158,8 @@ def test_csv_and_its_picture():
 
 
 def test_every_example_is_run():
-    here = Path(__file__).read_text(encoding="utf8")
-    texts = [text.encode().decode("unicode_escape") for text in re.findall(r'block\("(.*?)"\)', here)]
+    tests = [Path(__file__), *Path(__file__).parents[1].glob("scale/test_*.py")]
+    calls = re.findall(r'block\("(.*?)"\)', "".join(test.read_text(encoding="utf8") for test in tests))
+    texts = [text.encode().decode("unicode_escape") for text in calls]
     for example in BLOCKS:
         assert any(text in example for text in texts), example

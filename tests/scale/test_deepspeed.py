@@ -23,6 +23,7 @@ from deepspeed_training import (
     run,
     run_by_hand,
 )
+from readme import block
 from torch import nn
 from training import make_model
 from transformers import Trainer, TrainingArguments
@@ -75,6 +76,18 @@ def check_against_one_process(rank, config, **options):
 @every_engine
 def test_it_is_one_process_that_clips_by_hand(two, config):
     assert len(set(two.run(check_against_one_process, config))) == 1
+
+
+def check_readme(rank):
+    with as_launched(rank):
+        model = make_model()
+        names = {"deepspeed": deepspeed, "model": model, "optimizer": deepspeed_training.adamw(model)}
+        exec(block("deepspeed.initialize"), names)
+        assert [m.step for m in run(names["engine"], names["clipper"], rank, range(3))] == [1, 2, 3]
+
+
+def test_the_example_in_the_readme(two):
+    two.run(check_readme)
 
 
 def check_accumulation_and_groups(rank, config):
