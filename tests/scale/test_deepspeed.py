@@ -35,6 +35,8 @@ from zclip_optim.integrations import LOGGED
 from zclip_optim.integrations.deepspeed import attach
 from zclip_optim.integrations.transformers import ZClipCallback, attach_deepspeed
 
+pytestmark = pytest.mark.xdist_group("deepspeed")
+
 
 @pytest.fixture(scope="module")
 def two():

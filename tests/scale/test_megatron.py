@@ -36,7 +36,7 @@ with warnings.catch_warnings():
 
     from zclip_optim.integrations.megatron import attach
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = pytest.mark.xdist_group("megatron")
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,8 @@ from world import World
 from zclip_optim import ZClipWarning
 from zclip_optim.integrations.torchtitan import ZClipOptimizersContainer, attach
 
+pytestmark = pytest.mark.xdist_group("torchtitan")
+
 STEPS, SAVED, SPIKES = 7, 4, (5, 7)
 OPTIONS = {"warmup_steps": 3, "z_thresh": 20.0}
 FSDP = {"spmd_backend": "partial_dtensor"}
