@@ -34,6 +34,7 @@ TORCHS_OWN_WARNINGS = [
     "torch.distributed is (disabled, )?unavailable or uninitialized",  # a checkpoint of one process
     "The epoch parameter in .scheduler.step... was not necessary",  # 2.6: SequentialLR's own call
     "Skipping serialization of skipfiles_inline_module_allowlist",  # 2.6: inductor's first compilation
+    "Guards may run slower on Python 3.13.0",  # dynamo, of that Python alone
     "TypedStorage is deprecated",  # torch.distributed.checkpoint's own use of it
 ]
 
