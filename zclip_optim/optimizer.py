@@ -296,7 +296,8 @@ class ZClipOptimizer(Optimizer):
     def _step(self, closure: Closure | None = None) -> Any:
         base = self.base_optimizer
         if self._dimensions is not None:
-            self._look_at_first_step()
+            look = self._look_at_first_step  # torch 2.9 cannot compile that it sets an attribute of an optimizer
+            torch.compiler.disable(look)() if torch.compiler.is_compiling() else look()  # type: ignore[no-untyped-call]
         with Kernels(self.parts) as kernels:
             if closure is not None:
                 return self._step_with(closure, kernels)

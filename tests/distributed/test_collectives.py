@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from versions import needs_foreach_norm_of_dtensors, needs_uneven_shards
+from versions import needs_norms_of_dtensors, needs_uneven_shards
 
 from benchmarks.training.llama import LanguageModel, ModelConfig
 from zclip_optim import ZClip, ZClipOptimizer
@@ -173,7 +173,7 @@ def test_replicas_count_once_in_norms_by_parameter(ranks):
     assert each.norm == pytest.approx(math.sqrt(4 / 2))  # of two replicas' sum, the fake all-reduce leaves one
 
 
-@needs_foreach_norm_of_dtensors
+@needs_norms_of_dtensors
 @pytest.mark.parametrize("ranks", [1024], indirect=True)
 def test_what_torch_itself_takes(ranks):
     """As the comparison in benchmarks/results/collectives.md says."""

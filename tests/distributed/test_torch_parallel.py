@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from versions import needs_fsdp2_on_cpu, on_fsdp2
+from versions import needs_fsdp2_on_cpu, needs_pipeline_on_gloo, on_fsdp2
 
 import zclip_optim.clipper
 from zclip_optim import ZClip, ZClipOptimizer
@@ -318,11 +318,12 @@ def assert_equal_to_one_process(world, way, single, inner, **options):
         assert apart <= max(2 * bare_apart, 1e-6)
 
 
+PIPELINE = pytest.param(Pipeline, marks=needs_pipeline_on_gloo)
 every_inner = pytest.mark.parametrize("inner", INNER)
 
 
 @every_inner
-@pytest.mark.parametrize("way", [Ddp, DdpAccumulating, Zero, on_fsdp2(Fsdp2), on_fsdp2(Fsdp2Accumulating), Pipeline])
+@pytest.mark.parametrize("way", [Ddp, DdpAccumulating, Zero, on_fsdp2(Fsdp2), on_fsdp2(Fsdp2Accumulating), PIPELINE])
 def test_two_ranks(two, way, inner):
     assert_equal_to_one_process(two, way, Plain, inner)
 
@@ -372,7 +373,7 @@ def check_on_device(rank, way, inner):
 
 
 @pytest.mark.parametrize("inner", ["AdamW fused", "SGD"])
-@pytest.mark.parametrize("way", [Ddp, *map(on_fsdp2, (Fsdp2, Hsdp, TensorParallel)), Pipeline])
+@pytest.mark.parametrize("way", [Ddp, *map(on_fsdp2, (Fsdp2, Hsdp, TensorParallel)), PIPELINE])
 def test_statistics_that_stay_on_the_device(two, four, way, inner):
     results = (four if way in (Hsdp, TensorParallel) else two).run(check_on_device, way, inner)
     assert all(on_device == results[0][1] for _, on_device, _ in results)  # bit for bit

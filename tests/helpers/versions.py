@@ -19,8 +19,15 @@ needs_fsdp2_on_cpu = needs_torch(2, 9, reason="fully_shard on the CPU raises, or
 # `fully_shard` of a parallelized module over 1,024 ranks: "FSDP+TP sharding does not support uneven sharding for now".
 needs_uneven_shards = needs_torch(2, 8, reason="FSDP2 over tensor parallel wants shards of equal size")
 
-# `clip_grad_norm_` of FSDP2 takes an all-reduce per parameter there.
-needs_foreach_norm_of_dtensors = needs_torch(2, 7, reason="clip_grad_norm_ takes more collectives")
+# To 2.9 its one all-reduce is of 4 bytes, however many parameters there are, and two meshes give "Sharding propagation
+# failed" for "must have the same mesh". Releases between 2.9 and 2.13 have not been tried.
+needs_norms_of_dtensors = needs_torch(2, 10, reason="clip_grad_norm_ of DTensors sums over ranks in another form")
+
+# Two stages over gloo, without an optimizer: "gloo::EnforceNotMet, op.preamble.length <= op.nbytes. 8 vs 4" ends the
+# process while the stages tell each other their shapes; 2.6, 2.7, 2.13 and 2.15 train.
+needs_pipeline_on_gloo = pytest.mark.skipif(
+    TORCH == (2, 9), reason=f"torch {torch.__version__}, without ZClip: pipeline stages over gloo end in an abort"
+)
 
 
 def on_fsdp2(*values):
@@ -34,6 +41,8 @@ TORCHS_OWN_WARNINGS = [
     "torch.distributed is (disabled, )?unavailable or uninitialized",  # a checkpoint of one process
     "The epoch parameter in .scheduler.step... was not necessary",  # 2.6: SequentialLR's own call
     "Skipping serialization of skipfiles_inline_module_allowlist",  # 2.6: inductor's first compilation
+    "Guards may run slower on Python 3.13.0",  # dynamo, of that Python alone
+    "Deallocating Tensor that still has live PyObject references",  # 2.7, 2.9: training with FSDP1
     "TypedStorage is deprecated",  # torch.distributed.checkpoint's own use of it
 ]
 
