@@ -808,13 +808,15 @@ class TestMemory:
         p = torch.nn.Parameter(torch.ones(5))
         optimizer = ZClipOptimizer(sgd([p]))
         set_gradients([p], 1.0)
+        steps = 1500
         tracemalloc.start()
         try:
-            kept = [self.traced(optimizer, steps=1500) for _ in range(5)]
+            kept = [self.traced(optimizer, steps) for _ in range(8)]
         finally:
             tracemalloc.stop()
-        # Python 3.10 fills what it keeps of frames for the next call now and then; a leak grows every time.
-        assert min(after - before for before, after in itertools.pairwise(kept)) < 512
+        # One object left by each step is 24 bytes or more. Bare `torch._foreach_norm` and SGD fill what Python 3.10
+        # keeps of freed objects by up to 2 bytes a step, less each time.
+        assert min(after - before for before, after in itertools.pairwise(kept)) < steps
 
     @staticmethod
     def traced(optimizer, steps):
