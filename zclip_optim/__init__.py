@@ -12,7 +12,7 @@ from zclip_optim.health import ZClipWarning
 from zclip_optim.metrics import ClipMetrics, ParameterNorm
 from zclip_optim.optimizer import ZClipOptimizer
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "ClipMetrics",

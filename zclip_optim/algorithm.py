@@ -32,6 +32,7 @@ Scalar: TypeAlias = Any  # a Python number, or a tensor: of one value without di
 TINY = 2.0**-126  # stands in for a z-score denominator of 0; a normal number in float32 too
 SKIPS_IN_A_ROW = 3  # spikes of a streak that `z_skip` may leave out: a lasting shift must not stop the training
 STEADY_AFTER = 10  # spikes in a row, after which, with `patience`, a spike no longer narrows the spread
+COMMON, FEW = 5, 11  # steps; with `lookback`, more than a spike in so many steps, and these many more, is no anomaly
 RISE = 2 ** (1 / 1000)  # of mu and sigma with every spike after `patience` in a row: twofold in 1,000 steps
 
 
@@ -112,6 +113,7 @@ class ZClipConfig:
     clip_factor: float = _real(1.0, "a finite number > 0", lambda x: x > 0)
     max_grad_norm: float | None = _real(None, "a finite number > 0", lambda x: x > 0, optional=True)
     warmup_steps: int = _count(25)
+    lookback: float | None = _real(None, "a number with 0 < lookback <= 1", lambda x: 0 < x <= 1, optional=True)
     eps: float = _real(1e-6, "a finite number >= 0", lambda x: x >= 0)
     alpha_down: float | None = _real(None, "a number with 0 <= alpha_down <= alpha", lambda x: x >= 0, optional=True)
     skip_update_on_spike: bool = _flag()
@@ -148,8 +150,8 @@ class ZClipConfig:
 class NormStats(NamedTuple):
     """Running statistics of the gradient norm.
 
-    mean, var: mu (gradient-norm units) and sigma^2 (squared); exact during warm-up, but for `alpha_down`, and
-        exponential averages after it.
+    mean, var: mu (gradient-norm units) and sigma^2 (squared); averages whose window grows with the run, in warm-up or
+        with `lookback`, then exponential ones.
     step: finite, non-zero norms seen. streak: consecutive spikes up to now. clipped_steps: all spikes up to now.
     """
 
@@ -212,7 +214,14 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
     cap = config.max_grad_norm
     capped = g_star if cap is None else where(g_star < cap, g_star, cap)
     ordinary = where(warm, mean + config.z_thresh * scale, math.inf)
-    after = _updated(g_star, is_spike, stats, config, where)
+    growing, window = _start(stats.step + 0 * mean, config)  # in the precision of the norm, though steps be integers
+    entering = g_star
+    if config.lookback is not None:
+        # what is common is no anomaly:   x = mu + z_thresh sigma, so that the spread grows until it is inside
+        many = COMMON * (stats.clipped_steps + 1) > stats.step - config.warmup_steps + FEW
+        common = is_spike & growing & many
+        entering = where(common, mean + config.z_thresh * std, g_star)
+    after = _updated(entering, is_spike, growing, window, stats, config, where)
     limit, z_score = where(is_spike, threshold, ordinary), where(warm, z, math.nan)
     too_far = is_spike & (z > config.z_skip) & (stats.streak < SKIPS_IN_A_ROW) if config.z_skip is not None else False
     clipped = Decision(capped / g, capped, limit, z_score, is_spike, too_far, after)
@@ -231,9 +240,28 @@ def _spike_threshold(z: Scalar, mean: Scalar, std: Scalar, config: ZClipConfig) 
     return mean + config.clip_factor * xi * std
 
 
-def _updated(g_star: Scalar, is_spike: Scalar, stats: NormStats, config: ZClipConfig, where: Where) -> NormStats:
+def _start(step: Scalar, config: ZClipConfig) -> tuple[Scalar, Scalar]:
+    """Whether the averages still have a window that grows, and its length in steps, the one at hand included.
+
+    a_n = L n / (1 + L n) until that is `alpha`;   the paper: L = 1, until the warm-up is over.   n: norms seen before
+    """
+    if config.lookback is None:
+        return step < config.warmup_steps, step + 1
+    window = 1 + config.lookback * step
+    return window - 1 < config.alpha * window, window
+
+
+def _updated(
+    x: Scalar,
+    is_spike: Scalar,
+    growing: Scalar,
+    window: Scalar,
+    stats: NormStats,
+    config: ZClipConfig,
+    where: Where,
+) -> NormStats:
     mean, var, step, streak, clipped_steps = stats
-    new_mean, new_var = _averaged(g_star, stats, config, where)
+    new_mean, new_var = _averaged(x, growing, window, stats, config, where)
     if config.patience is not None:
         # from the 11th spike in a row on:   sigma^2 <- max(sigma^2, what the update gives)
         new_var = where(is_spike & (streak >= STEADY_AFTER) & (new_var < var), var, new_var)
@@ -246,20 +274,22 @@ def _updated(g_star: Scalar, is_spike: Scalar, stats: NormStats, config: ZClipCo
     return NormStats(new_mean, new_var, step + 1, (streak + 1) * is_spike, clipped_steps + is_spike)
 
 
-def _averaged(g_star: Scalar, stats: NormStats, config: ZClipConfig, where: Where) -> tuple[Scalar, Scalar]:
-    """Mean and variance with one norm more: exponential averages, in warm-up the exact ones (Welford)."""
-    mean, var, step, _, _ = stats
-    warm, count = step >= config.warmup_steps, step + 1
+def _averaged(
+    x: Scalar, growing: Scalar, window: Scalar, stats: NormStats, config: ZClipConfig, where: Where
+) -> tuple[Scalar, Scalar]:
+    """Mean and variance with one norm more: over a growing window the exact ones (Welford), then exponential ones."""
+    mean, var, *_ = stats
     alpha, beta = config.alpha, 1 - config.alpha
-    # mu <- alpha mu + (1 - alpha) g*_t;   sigma^2 <- alpha sigma^2 + (1 - alpha) (g*_t - mu)^2 with the new mu
-    new_mean = where(warm, alpha * mean + beta * g_star, mean + (g_star - mean) / count)
+    # mu <- a_n mu + (1 - a_n) x;   later   mu <- alpha mu + (1 - alpha) x
+    new_mean = where(growing, mean + (x - mean) / window, alpha * mean + beta * x)
     if config.alpha_down is not None:
-        # below mu with the smaller factor:   mu <- alpha_down mu + (1 - alpha_down) g*_t
-        lower = config.alpha_down * mean + (1 - config.alpha_down) * g_star
-        new_mean = where((g_star < mean) & (lower < new_mean), lower, new_mean)
-    deviation = g_star - new_mean
-    first_var = var + ((g_star - mean) * deviation - var) / count
-    return new_mean, where(warm, alpha * var + beta * deviation * deviation, first_var)
+        # below mu with the smaller factor:   mu <- alpha_down mu + (1 - alpha_down) x
+        lower = config.alpha_down * mean + (1 - config.alpha_down) * x
+        new_mean = where((x < mean) & (lower < new_mean), lower, new_mean)
+    # sigma^2 <- a_n sigma^2 + (1 - a_n) (x - mu) (x - new mu);   later   alpha sigma^2 + (1 - alpha) (x - new mu)^2
+    deviation = x - new_mean
+    exact = var + ((x - mean) * deviation - var) / window
+    return new_mean, where(growing, exact, alpha * var + beta * deviation * deviation)
 
 
 def where_for(value: Scalar) -> Where:

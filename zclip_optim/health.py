@@ -133,6 +133,13 @@ class Health:
                 f"all {self._warmup} gradient norms of the warm-up{self._where(scope)} were {new.mean:.4g}: probably "
                 f"they {HIDDEN}",
             )
+        if self.config.lookback is None and new.var > new.mean**2:
+            self.warn(
+                "start",
+                f"the gradient norms of the warm-up{self._where(scope)} differ by more than their mean (mean "
+                f"{new.mean:.4g}, std {new.var**0.5:.4g}): nothing counts as a spike for hundreds of steps. "
+                "lookback=0.1 weighs the last norms more",
+            )
 
     def _warn_of_regime(self, scope: int, new: NormStats) -> None:
         self.warn(

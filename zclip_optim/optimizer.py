@@ -61,6 +61,9 @@ class ZClipOptimizer(Optimizer):
         clip_factor: multiplies the sigma term of "adaptive_scaling", > 0.
         max_grad_norm: absolute cap of the norm, in gradient-norm units, during warm-up too, > 0; None for no cap.
         warmup_steps: norms collected before adaptive clipping starts, in steps, >= 1.
+        lookback: share of the steps so far that the averages look back on, until `alpha` looks back further (0.1: after
+            324 steps), 0 < lookback <= 1; None: on all norms of the warm-up alike, as in the paper, which large norms
+            at the start blind for hundreds of steps.
         eps: floor of sigma, in units of mu, >= 0.
         alpha_down: smoothing factor of the mean while the norm lies below it, 0 <= alpha_down <= alpha, so that the
             threshold comes down with the norm, in warm-up too; None: alpha, as in the paper.
@@ -130,6 +133,7 @@ class ZClipOptimizer(Optimizer):
         clip_factor: float = 1.0,
         max_grad_norm: float | None = None,
         warmup_steps: int = 25,
+        lookback: float | None = None,
         eps: float = 1e-6,
         alpha_down: float | None = None,
         skip_update_on_spike: bool = False,

@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 
 import numpy
 import pytest
@@ -37,6 +38,19 @@ OPTIONS = {
     "alpha_down, patience": {"alpha_down": 0.8, "patience": 15},
     "z_skip": {"z_skip": 6.0},
     "z_skip, alpha_down, cap": {"z_skip": 10.0, "alpha_down": 0.8, "max_grad_norm": 1.02},
+    "lookback": {"lookback": 0.1},
+    "lookback 0.05, alpha_down": {"lookback": 0.05, "alpha_down": 0.9},
+    "lookback, warmup 1": {"lookback": 0.2, "warmup_steps": 1},
+    "lookback 1, warmup 3": {"lookback": 1.0, "warmup_steps": 3, "alpha": 0.99},
+    "lookback, warmup 100": {"lookback": 0.5, "warmup_steps": 100},
+    "lookback, all others": {
+        "lookback": 0.1,
+        "alpha_down": 0.8,
+        "patience": 15,
+        "z_skip": 6.0,
+        "max_grad_norm": 1.02,
+    },
+    "lookback, skip_update_on_spike": {"lookback": 0.1, "skip_update_on_spike": True, "clip_option": "mean"},
     "alpha 0": {"alpha": 0.0},
     "alpha 0.9, z 1.5": {"alpha": 0.9, "z_thresh": 1.5},
     "eps 0": {"eps": 0.0},
@@ -136,6 +150,7 @@ some_options = st.fixed_dictionaries(
         "warmup_steps": st.integers(1, 10),
         "skip_update_on_spike": st.booleans(),
         "alpha_down": st.none() | st.just(0.0),
+        "lookback": st.none() | st.floats(0.01, 1),
         "z_skip": st.none() | st.floats(5.1, 20),
         "patience": st.none() | st.integers(1, 30),
     }
@@ -253,6 +268,48 @@ def test_alpha_down_of_alpha_is_the_paper_after_warm_up():
     assert ours[-1].stats.mean == pytest.approx(paper[-1].stats.mean)
 
 
+def test_lookback_leaves_the_rule_to_alpha_bit_for_bit():
+    norms = norm_sequence("single spikes", seed=3, steps=400)
+    before = run(norms[:324], lookback=0.1)[-1].stats
+    assert run(norms[324:], before, lookback=0.1) == run(norms[324:], before)
+    young = run(norms[:322], lookback=0.1)[-1].stats
+    assert run([1.0], young, lookback=0.1) != run([1.0], young)
+
+
+@given(finite_norms, st.integers(1, 10))
+def test_lookback_1_has_the_exact_mean_and_variance_of_what_enters(norms, warmup_steps):
+    entered, stats = [], NormStats()
+    for decision in run(norms, lookback=1.0, alpha=0.999, warmup_steps=warmup_steps):
+        is_common = decision.is_spike and decision.stats.clipped_steps > (stats.step - warmup_steps + 11) / 5
+        entered.append(stats.mean + 2.5 * stats.var**0.5 if is_common else decision.clipped_norm)
+        stats = decision.stats
+        assert stats.mean == pytest.approx(statistics.fmean(entered))
+        assert stats.var == pytest.approx(statistics.pvariance(entered), rel=1e-6, abs=1e-9 * max(norms) ** 2)
+
+
+@pytest.mark.parametrize("where", [0, 5, 12, 20, 24])
+@pytest.mark.parametrize("alpha_down", [None, 0.9])
+def test_one_norm_at_the_start_does_not_blind_lookback(where, alpha_down):
+    norms = norm_sequence("plain", seed=4, steps=600)
+    norms[where] *= 1e4
+
+    def first_caught(**options):
+        stats = [NormStats(), *(d.stats for d in run(norms, alpha_down=alpha_down, **options))]
+        return next((i for i, each in enumerate(stats) if decide(20.0, each, ZClipConfig(**options)).is_spike), 600)
+
+    assert first_caught(lookback=0.1) <= 150
+    assert first_caught() > 300
+
+
+def test_what_is_common_widens_the_spread_until_it_is_inside():
+    rng = random.Random(5)
+    norms = [max(0.05, rng.gauss(1.0, 0.05)) * (20 if i % 2 and i > 24 else 1) for i in range(324)]
+    spikes = [d.is_spike for d in run(norms, lookback=0.1)]
+    assert all(spikes[25:31:2])
+    assert not any(spikes[100:])
+    assert sum(d.is_spike for d in run(norms)) > 100  # the paper: every other step
+
+
 def test_spikes_above_z_skip_are_skipped_three_times_in_a_row_and_count_as_clipped():
     norms = [1.0, 1.1] * 20 + [1.2] + [1.05] + [50.0] * 5 + [1.05] + [50.0]
     skipping, clipping = run(norms, z_skip=6.0), run(norms)
@@ -274,6 +331,7 @@ BAD = {
     "eps": ([-1e-9, math.inf, math.nan, None, "0"], "finite number >= 0"),
     "skip_update_on_spike": ([0, 1, None, "yes"], "True or False"),
     "patience": ([0, -1, 1.5, "5", True], "integer >= 1 or None"),
+    "lookback": ([0, -0.1, 1.01, math.nan, "0.1", True], "0 < lookback <= 1 or None"),
     "alpha_down": ([-0.1, math.nan, "0.8", True], "0 <= alpha_down <= alpha or None"),
     "z_skip": ([0, -1, math.inf, "6", True], "finite number > z_thresh or None"),
     "nonfinite": (["ignore", None, 0], "one of 'skip', 'raise', 'pass'"),

@@ -132,6 +132,15 @@ def test_without_patience_many_clipped_steps_tell_what_it_is_for():
     assert all("patience=200" not in text for text in messages(noise(60) + noise(140, level=40.0), patience=25))
 
 
+def test_a_start_that_blinds_the_test_is_warned_of_once_and_names_what_mends_it():
+    norms = noise(300)
+    norms[5] = 1e4
+    (message,) = messages(norms)
+    assert "norms of the warm-up differ by more than their mean (mean 401, std 1959)" in message
+    assert "lookback=0.1" in message
+    assert messages(norms, lookback=0.1) == []
+
+
 def test_a_warm_up_of_equal_norms_which_were_clipped_before():
     (message,) = messages([1.0] * 30)
     assert message.startswith("all 25 gradient norms of the warm-up were 1: probably they were clipped before")
