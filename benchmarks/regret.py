@@ -52,6 +52,7 @@ NOTES = (
     "regret is at most that many nats; rank: 1 is best, mean over all workloads, of the methods run on all of them",
     "a run that diverged, or whose validation loss is above that of a model that knows only how often each target "
     "occurs, counts with the loss of that model",
+    "differences are over the seeds that both have: methods that decide nothing were run with fewer",
     "-: AdaGC is an optimizer of Adam's kind itself, and max_grad_norm=1 is advice for those alone",
 )
 
@@ -111,9 +112,11 @@ def tables(rows: Sequence[Row]) -> tuple[str, ...]:
     best = {name: best_fixed(methods) for name, methods in workloads.items()}
     regrets = {name: regrets_on(methods, best[name]) for name, methods in workloads.items()}
     conditions = dict.fromkeys(row["condition"] for row in rows)
+    tried = [name for name in FIXED if any(name in methods for methods in workloads.values())]
+    whole = {name: methods for name, methods in workloads.items() if methods.keys() >= set(tried)}
     return (
-        "Over all workloads:",
-        markdown([summary_line(name, workloads, regrets) for name in dict.fromkeys(row["method"] for row in rows)]),
+        f"Over the {len(whole)} workloads that every threshold was run on:",
+        markdown([summary_line(name, whole, regrets) for name in dict.fromkeys(row["method"] for row in rows)]),
         *(
             section
             for condition in conditions
@@ -129,14 +132,15 @@ def tables(rows: Sequence[Row]) -> tuple[str, ...]:
 
 def best_fixed(methods: Mapping[str, Row]) -> str:
     """The threshold with the lowest mean."""
-    thresholds = [name for name in methods if name in FIXED]
-    return min(thresholds, key=lambda name: mean_measure(methods[name]))
+    means = mean_measures([row for name, row in methods.items() if name in FIXED])
+    return min(means, key=means.__getitem__)
 
 
-def mean_measure(row: Row) -> float:
-    """Over the seeds."""
-    values = known(row["values"]["measure"])
-    return statistics.fmean(values) if values else math.inf
+def mean_measures(rows: Sequence[Row]) -> dict[str, float]:
+    """Of each method, over the seeds that all of these have."""
+    seeds = min(len(row["values"]["measure"]) for row in rows)
+    found = {row["method"]: known(row["values"]["measure"][:seeds]) for row in rows}
+    return {name: statistics.fmean(values) if values else math.inf for name, values in found.items()}
 
 
 def regrets_on(methods: Mapping[str, Row], best: str) -> dict[str, Difference]:
@@ -167,10 +171,8 @@ def mean_rank(name: str, workloads: Mapping[str, Mapping[str, Row]]) -> str:
     everywhere = [other for other in next(iter(workloads.values())) if all(other in m for m in workloads.values())]
     if name not in everywhere:
         return "-"
-    ranks = [
-        rankdata([mean_measure(methods[other]) for other in everywhere])[everywhere.index(name)]
-        for methods in workloads.values()
-    ]
+    means = [mean_measures([methods[other] for other in everywhere]) for methods in workloads.values()]
+    ranks = [rankdata(list(each.values()))[everywhere.index(name)] for each in means]
     return f"{statistics.fmean(ranks):.1f}"
 
 

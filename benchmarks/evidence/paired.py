@@ -36,7 +36,7 @@ class Difference(NamedTuple):
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> Difference:
-    """values - others for the seeds 0, 1, ... that both have; pairs in which one is not known are left out."""
+    """values - others for the first seeds, which both have; pairs in which one is not known are left out."""
     both = min(len(values), len(others))
     pairs = np.asarray(values[:both], float) - np.asarray(others[:both], float)
     pairs = pairs[np.isfinite(pairs)]

@@ -50,7 +50,7 @@ def rows_of(comparison: Comparison, folder: Path) -> list[dict[str, Any]]:
 
 def row_of(workload: Workload, contender: Contender, folder: Path) -> dict[str, Any]:
     """Its cells and their figures: every number in their outcomes."""
-    cells = [workload.cell(contender, seed) for seed in range(workload.seeds)]
+    cells = [workload.cell(contender, seed) for seed in workload.seeds_of(contender)]
     outcomes = [load_finished(cell, folder) for cell in cells]
     names = [name for name, value in outcomes[0].items() if isinstance(value, int | float)]
     return {
@@ -64,6 +64,8 @@ def row_of(workload: Workload, contender: Contender, folder: Path) -> dict[str, 
         "steps": workload.steps,
         "batch": workload.batch,
         "preset": workload.preset,
+        "beta2": workload.beta2,
+        "muon": workload.muon,
         "settings": METHODS[contender.method].with_options(dict(contender.options)).settings,
         "cells": [cell.name for cell in cells],
         "values": {name: [outcome[name] for outcome in outcomes] for name in names},
@@ -72,7 +74,7 @@ def row_of(workload: Workload, contender: Contender, folder: Path) -> dict[str, 
 
 def result_of(name: str, comparison: Comparison, args: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
     """What ran, on what, and how to run one cell again."""
-    seeds = range(max(workload.seeds for workload in comparison.workloads))
+    seeds = sorted({seed for w, c in comparison.pairs() for seed in w.seeds_of(c)})
     return heading(name, seeds, *PACKAGES) | {
         "workers": args.workers,
         "data": [str(path) for path in args.data] or "what comes with the workload",

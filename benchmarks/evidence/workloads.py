@@ -5,26 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.paper.cells import BAD_SHARD, CARTPOLE, CLEAN, Cell
+from benchmarks.paper.cells import BAD_SHARD, CARTPOLE, CLEAN, FIRST_SEED, TRIPLED, Cell
 from benchmarks.paper.tables import CARTPOLE_LR, EPISODES
 from benchmarks.training.contenders import (
     ADAGC,
     AUTOCLIP,
+    AUTOCLIP_LOW,
     CAPPED,
     FALLING,
-    FALLING_CAPPED,
-    FALLING_LOWER,
-    FALLING_SKIPPING_CAPPED,
+    FOLLOWING,
+    FOLLOWING_CAPPED,
+    FOR_INFORMATION,
+    LOOKING_BACK,
     NONE,
     PAPER,
     PATIENT,
     PUBLISHED,
     Contender,
     fixed,
+    informing,
     ours,
 )
 from benchmarks.training.presets import PRESETS
 from benchmarks.training.problems import PROBLEMS
+
+FEW = 4  # seeds, of a method that decides nothing
+BETAS = (0.95, 0.999)  # beta2 of language models: what they are trained with, and torch's default
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,19 @@ class Workload:
     seeds: int
     condition: str = CLEAN
     preset: str = "pico"
+    beta2: float = 0.999
+    muon: bool = False
+    contenders: tuple[str, ...] | None = None  # labels, of those that are run on it; None: all
 
     def cell(self, contender: Contender, seed: int) -> Cell:
         """One of its runs."""
         where = (self.condition, self.steps, self.batch)
-        return Cell(self.architecture, contender.method, self.lr, seed, *where, contender.options, self.preset)
+        how = (contender.options, self.preset, self.beta2, self.muon)
+        return Cell(self.architecture, contender.method, self.lr, seed, *where, *how)
+
+    def seeds_of(self, contender: Contender) -> range:
+        """Of a method's runs on it."""
+        return range(FIRST_SEED, FIRST_SEED + (min(FEW, self.seeds) if contender.informs else self.seeds))
 
     @property
     def scale_free(self) -> bool:
@@ -52,7 +66,9 @@ class Workload:
 
     def suits(self, contender: Contender) -> bool:
         """Whether a method is run on it."""
-        return self.scale_free or not contender.scale_free
+        if self.contenders is not None:
+            return contender.label in self.contenders
+        return (self.scale_free or not contender.scale_free) and not contender.special
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,7 @@ class Comparison:
 
     def cells(self) -> list[Cell]:
         """Its runs."""
-        return [w.cell(c, seed) for w, c in self.pairs() for seed in range(w.seeds)]
+        return [w.cell(c, seed) for w, c in self.pairs() for seed in w.seeds_of(c)]
 
     def resized(self, seeds: int | None, steps: int | None) -> Comparison:
         """With other numbers of seeds and steps for all workloads."""
@@ -84,32 +100,45 @@ class Comparison:
         )
 
 
-REGRESSION_SEEDS, SUM_SEEDS = 8, 4
+SEEDS, MANY_SEEDS, DIVISION_SEEDS = 8, 20, 3
 REGRESSIONS = tuple(
-    Workload(f"regression, lr {lr:g}", "regression", lr, 5_000, 50, REGRESSION_SEEDS) for lr in (0.003, 0.01, 0.03)
+    Workload(f"regression, lr {lr:g}", "regression", lr, 5_000, 50, SEEDS) for lr in (0.003, 0.01, 0.03)
 )
 SUMS = tuple(
-    Workload(PROBLEMS[name].label, name, 0.01, steps, 512, SUM_SEEDS)
+    Workload(PROBLEMS[name].label, name, 0.01, steps, 512, SEEDS)
     for name, steps in (("sums-0.95", 3_000), ("sums-0.98", 3_000), ("sums-transformer", 2_500))
+)
+DIVISION = Workload(
+    PROBLEMS["division"].label,
+    "division",
+    1e-3,
+    20_000,
+    256,
+    DIVISION_SEEDS,
+    contenders=tuple(each.label for each in (NONE, fixed(1), PAPER, LOOKING_BACK, FOLLOWING)),
 )
 
 INSTABILITY = Comparison(
-    (*REGRESSIONS, *SUMS),
+    (*REGRESSIONS, *SUMS, DIVISION),
     (
         NONE,
-        *map(fixed, (0.01, 0.1, 1, 10)),
-        AUTOCLIP,
-        PUBLISHED,
+        fixed(1),
         PAPER,
-        Contender("patience=25, winsorised", "former"),
-        PATIENT,
-        FALLING,
-        ours(z_skip=6),
-        ours(z_skip=10),
-        ours(alpha_down=0.8, z_skip=6),
-        ours(alpha_down=0.8, z_skip=10),
-        FALLING_LOWER,
-        ours(alpha_down=0.8, z_skip=10, patience=200),
+        LOOKING_BACK,
+        FOLLOWING,
+        *map(
+            informing,
+            (
+                *map(fixed, (0.1, 10)),
+                AUTOCLIP,
+                AUTOCLIP_LOW,
+                PUBLISHED,
+                PATIENT,
+                FALLING,
+                *FOR_INFORMATION,
+                ours(lookback=0.1, alpha_down=0.9, z_skip=10),
+            ),
+        ),
     ),
 )
 
@@ -119,36 +148,84 @@ def with_bad_shard(workload: Workload) -> tuple[Workload, Workload]:
     return workload, replace(workload, label=f"{workload.label}, {BAD_SHARD}", condition=BAD_SHARD)
 
 
-def transformer(label: str, architecture: str, seeds: int) -> Workload:
-    """A language model of the small preset."""
+def language_model(label: str, architecture: str, beta2: float, steps: int | None = None) -> Workload:
+    """Of the small preset."""
     preset = PRESETS["pico"]
-    return Workload(label, architecture, preset.lr, preset.steps, preset.batch, seeds)
+    label = f"{label}, beta2 {beta2:g}"
+    return Workload(label, architecture, preset.lr, steps or preset.steps, preset.batch, SEEDS, beta2=beta2)
 
+
+LONG = replace(
+    language_model("LLaMA, 3,000 steps", "llama", 0.95, 3_000),
+    contenders=tuple(each.label for each in (fixed(1), PAPER, LOOKING_BACK, FOLLOWING, FOLLOWING_CAPPED)),
+)
+BY_GROUP = ours(special=True, lookback=0.1, alpha_down=0.9, scope="group")
+MUON = replace(
+    language_model("LLaMA, Muon", "llama", 0.95),
+    muon=True,
+    contenders=tuple(
+        each.label for each in (NONE, *map(fixed, (0.01, 0.1, 1)), PAPER, LOOKING_BACK, FOLLOWING, BY_GROUP)
+    ),
+)
+ON_SHIFTED_DIGITS = (
+    NONE,
+    fixed(1),
+    PAPER,
+    LOOKING_BACK,
+    FOLLOWING,
+    ours(special=True, patience=200),
+    ours(special=True, lookback=0.1, patience=200),
+    ours(special=True, lookback=0.1, alpha_down=0.9, patience=200),
+)
+SHIFTED_DIGITS = Workload(
+    f"digits, SGD, {TRIPLED}",
+    "digits-sgd",
+    0.1,
+    3_000,
+    32,
+    MANY_SEEDS,
+    TRIPLED,
+    contenders=tuple(each.label for each in ON_SHIFTED_DIGITS),
+)
 
 REGRET = Comparison(
     (
-        *with_bad_shard(transformer("LLaMA", "llama", 4)),
-        *with_bad_shard(transformer("GPT-2", "gpt2", 4)),
-        *with_bad_shard(Workload("ViT", "vit", 2e-3, 300, 16, 3)),
-        *with_bad_shard(Workload("digits, SGD", "digits-sgd", 0.1, 600, 32, 10)),
-        *with_bad_shard(Workload("digits, SGD, summed loss", "digits-sgd-sum", 0.1 / 32, 600, 32, 10)),
-        Workload("CartPole", CARTPOLE, CARTPOLE_LR, EPISODES, 1, 20, preset="nano"),
+        *with_bad_shard(language_model("LLaMA", "llama", 0.95)),
+        *with_bad_shard(language_model("GPT-2", "gpt2", 0.95)),
+        *with_bad_shard(Workload("digits, SGD", "digits-sgd", 0.1, 600, 32, MANY_SEEDS)),
+        SHIFTED_DIGITS,
         REGRESSIONS[1],
         SUMS[1],
+        *with_bad_shard(Workload("ViT", "vit", 2e-3, 300, 16, SEEDS)),
+        *with_bad_shard(language_model("GPT-2", "gpt2", 0.999)),
+        *with_bad_shard(language_model("LLaMA", "llama", 0.999)),
+        Workload("CartPole", CARTPOLE, CARTPOLE_LR, EPISODES, 1, MANY_SEEDS, preset="nano"),
+        *with_bad_shard(Workload("digits, SGD, summed loss", "digits-sgd-sum", 0.1 / 32, 600, 32, MANY_SEEDS)),
+        *with_bad_shard(MUON),
+        LONG,
     ),
     (
-        NONE,
-        *map(fixed, (0.01, 0.1, 1, 10, 100)),
-        AUTOCLIP,
-        ADAGC,
-        PUBLISHED,
+        fixed(1),
         PAPER,
-        CAPPED,
-        FALLING,
-        FALLING_CAPPED,
-        ours(alpha_down=0.8, z_skip=6),
-        ours(alpha_down=0.8, z_skip=10),
-        FALLING_SKIPPING_CAPPED,
-        FALLING_LOWER,
+        LOOKING_BACK,
+        FOLLOWING,
+        NONE,
+        FOLLOWING_CAPPED,
+        BY_GROUP,
+        *(each for each in ON_SHIFTED_DIGITS if each.special),
+        *map(
+            informing,
+            (
+                *map(fixed, (0.01, 0.1, 10, 100)),
+                AUTOCLIP,
+                AUTOCLIP_LOW,
+                ADAGC,
+                PUBLISHED,
+                CAPPED,
+                FALLING,
+                *FOR_INFORMATION,
+                ours(lookback=0.1, alpha_down=0.9, z_skip=10),
+            ),
+        ),
     ),
 )

@@ -25,8 +25,10 @@ import numpy as np
 
 from benchmarks.report.records import write_records
 from benchmarks.report.summary import summarize, write_json
+from benchmarks.training import digits
 from benchmarks.training.architectures import ARCHITECTURES
 from benchmarks.training.cartpole import CartPoleRun, EpisodeRecord
+from benchmarks.training.contenders import Options, written
 from benchmarks.training.data import Batches, bad_shard
 from benchmarks.training.distributed import default_device
 from benchmarks.training.loop import Trace, held_out_loss, train
@@ -37,7 +39,8 @@ from benchmarks.training.run import Run, StepRecord, TrainConfig
 from zclip_optim import NonFiniteGradientError, ZClipWarning
 
 CARTPOLE = "cartpole"
-CLEAN, BAD_SHARD = "clean", "bad shard"
+CLEAN, BAD_SHARD, TRIPLED = "clean", "bad shard", "inputs x 3 from the middle on"
+FIRST_SEED = 100  # those below have been looked at
 WARMUP_SHARE = 0.1  # of a small problem's steps, without a corrupted batch
 LAST = 5  # the last fifth of a run
 FLOOR = 1e-8  # a mean loss below it is rounding in float32
@@ -54,20 +57,27 @@ class Cell:
     method: str  # of METHODS
     lr: float  # peak
     seed: int
-    condition: str  # CLEAN or BAD_SHARD
+    condition: str  # CLEAN, BAD_SHARD, or TRIPLED for the digits
     steps: int  # at most; episodes for CARTPOLE
     batch: int  # examples per step
-    options: tuple[tuple[str, float], ...] = ()  # of the method, besides its own
+    options: Options = ()  # of the method, besides its own
     preset: str = "nano"
+    beta2: float = 0.999  # of AdamW, in one of ARCHITECTURES
+    muon: bool = False  # for the matrices of a language model
 
     @property
     def name(self) -> str:
         """Names the files."""
-        options = [f"{key}={value:g}" for key, value in self.options]
         size = [f"steps{self.steps}", f"batch{self.batch}"]
-        parts = [self.architecture, self.method, *options, f"lr{self.lr:g}"]
+        optimizer = ["muon"] * self.muon + [f"beta2-{self.beta2:g}"] * self.is_text
+        parts = [self.architecture, *optimizer, self.method, *written(self.options), f"lr{self.lr:g}"]
         preset = [] if self.architecture in PROBLEMS else [self.preset]
         return "_".join([*preset, *parts, self.condition.replace(" ", "-"), *size, f"seed{self.seed}"])
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it trains a language model."""
+        return self.architecture in ARCHITECTURES and ARCHITECTURES[self.architecture].is_text
 
     @property
     def unit(self) -> str:
@@ -99,6 +109,8 @@ class Cell:
             batch=self.batch,
             warmup_share=PRESETS[self.preset].warmup_share,
             corrupt=self.condition == BAD_SHARD,
+            betas=(0.9, self.beta2),
+            muon=self.muon,
         )
 
 
@@ -167,9 +179,7 @@ def training(cell: Cell, paths: Sequence[Path]) -> tuple[list[StepRecord], Figur
 def small_problem(cell: Cell) -> tuple[Trace, Figures]:
     """A run of one of PROBLEMS."""
     problem = PROBLEMS[cell.architecture]
-    corrupt = cell.condition == BAD_SHARD
-    corrupted = bad_shard(cell.steps, round(WARMUP_SHARE * cell.steps), problem.corruptions) if corrupt else {}
-    batches = problem.open(cell.batch, cell.seed, corrupted)
+    batches = problem.open(cell.batch, cell.seed, schedule_of(cell, problem))
     model, trace = train(problem, cell.clipping, cell.lr, cell.seed, batches, cell.steps)
     held_out = held_out_loss(problem, model, batches)
     diverged = len(trace.losses) < cell.steps or not (problem.by_training or held_out < batches.chance)
@@ -182,6 +192,15 @@ def small_problem(cell: Cell) -> tuple[Trace, Figures]:
         "skipped_steps": trace.skipped,
         **norm_figures(trace.grad_norms),
     }
+
+
+def schedule_of(cell: Cell, problem: Problem) -> dict[int, str]:
+    """Which steps of a small problem get another batch, and of which kind."""
+    if cell.condition == TRIPLED:
+        return dict.fromkeys(range(cell.steps // 2, cell.steps), digits.TRIPLED)
+    if cell.condition == BAD_SHARD:
+        return bad_shard(cell.steps, round(WARMUP_SHARE * cell.steps), problem.corruptions)
+    return {}
 
 
 def loss_figures(problem: Problem, trace: Trace, steps: int, batches: Batches) -> Figures:

@@ -46,7 +46,7 @@ def load(run: Run, folder: Path) -> None:
     set_state_dict(
         run.model, run.stepper.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
-    run.scheduler.load_state_dict(state["scheduler"])
+    run.schedulers[0].load_state_dict(state["scheduler"])
     run.stepper.load(saved["clipper"])
     run.taken = saved["taken"]
 
@@ -54,7 +54,7 @@ def load(run: Run, folder: Path) -> None:
 def tensors(run: Run) -> dict[str, Any]:
     """What has a state dict."""
     model, optimizer = get_state_dict(run.model, run.stepper.optimizer)
-    return {"model": model, "optimizer": optimizer, "scheduler": run.scheduler.state_dict()}
+    return {"model": model, "optimizer": optimizer, "scheduler": run.schedulers[0].state_dict()}
 
 
 def about(run: Run) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
-Options = tuple[tuple[str, float], ...]
+Options = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,8 @@ class Contender:
     method: str  # of METHODS
     options: Options = ()
     scale_free: bool = False  # only for optimizers of Adam's kind
+    special: bool = False  # only for the workloads that name it
+    informs: bool = False  # decides nothing: fewer seeds are enough
 
 
 def fixed(threshold: float) -> Contender:
@@ -22,18 +26,33 @@ def fixed(threshold: float) -> Contender:
     return Contender(f"fixed {threshold:g}", "fixed", () if threshold == 1 else (("max_norm", threshold),))
 
 
-def ours(scale_free: bool = False, **options: float) -> Contender:
+def ours(scale_free: bool = False, special: bool = False, **options: Any) -> Contender:
     """The paper's rule with these options; which of them are defaults changes nothing here."""
-    label = ", ".join(f"{name}={value:g}" for name, value in options.items())
-    return Contender(label, "paper", tuple(options.items()), scale_free)
+    return Contender(", ".join(written(options.items())), "paper", tuple(options.items()), scale_free, special)
+
+
+def written(options: Iterable[tuple[str, Any]]) -> list[str]:
+    """Each as name=value."""
+    return [f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}" for name, value in options]
+
+
+def informing(contender: Contender) -> Contender:
+    """The same, shown for information."""
+    return replace(contender, informs=True)
 
 
 NONE, PAPER = Contender("none", "none"), Contender("paper", "paper")
 AUTOCLIP, PUBLISHED = Contender("autoclip", "autoclip"), Contender("zclip 1.0.0", "published")
+AUTOCLIP_LOW = Contender("autoclip, 10th percentile", "autoclip", (("quantile", 0.1),))
 ADAGC = Contender("AdaGC", "adagc", scale_free=True)
 CAPPED = ours(scale_free=True, max_grad_norm=1)
-FALLING = ours(alpha_down=0.8)
-FALLING_CAPPED = ours(scale_free=True, alpha_down=0.8, max_grad_norm=1)
-FALLING_SKIPPING_CAPPED = ours(scale_free=True, alpha_down=0.8, z_skip=10, max_grad_norm=1)
-FALLING_LOWER = ours(alpha_down=0.8, z_thresh=2)
 PATIENT = ours(patience=200)
+FALLING = ours(alpha_down=0.8)
+LOOKING_BACK = ours(lookback=0.1)
+FOLLOWING = ours(lookback=0.1, alpha_down=0.9)
+FOLLOWING_CAPPED = ours(scale_free=True, lookback=0.1, alpha_down=0.9, max_grad_norm=1)
+FOR_INFORMATION = (
+    ours(lookback=0.05),
+    ours(lookback=0.2),
+    ours(lookback=0.1, alpha_down=0.8),
+)

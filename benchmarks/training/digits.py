@@ -44,16 +44,24 @@ def mislabelled(images: Tensor, labels: Tensor, generator: Generator) -> Example
     return images, (labels + 1) % 10
 
 
+def tripled(images: Tensor, labels: Tensor, generator: Generator) -> Example:
+    """Three times the grey values; no corruption where they stay so for good, but another normalisation."""
+    return 3 * images, labels
+
+
 CORRUPTIONS: dict[str, Callable[[Tensor, Tensor, Generator], Example]] = {
     "noise": noise,
     "unscaled": unscaled,
     "mislabelled": mislabelled,
 }
 
+TRIPLED = "tripled"
+CHANGES = CORRUPTIONS | {TRIPLED: tripled}
+
 
 @dataclass(frozen=True)
 class DigitBatches:
-    """Images (batch, 8, 8) and labels (batch,)."""
+    """Images (batch, 8, 8) and labels (batch,); if the run ends with tripled images, those held out are, too."""
 
     batch: int
     seed: int
@@ -72,8 +80,9 @@ class DigitBatches:
         chosen = torch.randint(len(labels), (self.batch,), generator=generator)
         kind = self.schedule.get(step)
         example = images[chosen], labels[chosen]
-        return CORRUPTIONS[kind](*example, generator) if kind else example
+        return CHANGES[kind](*example, generator) if kind else example
 
     def held_out(self, count: int) -> Iterator[Example]:
         """The held-out images, whole in one batch, whatever the count."""
-        return iter([load_digits()[1]])
+        images, labels = load_digits()[1]
+        return iter([(3 * images if TRIPLED in self.schedule.values() else images, labels)])

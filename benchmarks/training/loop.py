@@ -37,11 +37,19 @@ def train(
     broken = 0
     with suppress(NonFiniteGradientError):
         for step in range(steps):
+            if step <= problem.warmup_steps:
+                warm_up(stepper, lr, step, problem.warmup_steps)
             take_step(problem, model, stepper, batches, step, trace)
             broken = 0 if math.isfinite(trace.losses[-1]) else broken + 1
             if broken == DIVERGED_AFTER:
                 break
     return model, trace
+
+
+def warm_up(stepper: Stepper, lr: float, step: int, steps: int) -> None:
+    """The learning rate, linear up to `lr`."""
+    for group in stepper.optimizer.param_groups:
+        group["lr"] = lr * min(1.0, (step + 1) / max(1, steps))
 
 
 def take_step(problem: Problem, model: nn.Module, stepper: Stepper, batches: Batches, step: int, trace: Trace) -> None:

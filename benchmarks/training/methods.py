@@ -32,14 +32,24 @@ class Clipping:
 
 
 class Stepper:
-    """A method at work on one model; `optimizer` is what a learning-rate scheduler is given."""
+    """A method at work on one model; `optimizers` are what learning-rate schedulers are given."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
+    def __init__(self, model: nn.Module, *optimizers: Optimizer) -> None:
+        self.model, self.optimizers = model, optimizers
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The first one, where there are no others."""
+        return self.optimizers[0]
 
     def step(self) -> Clipping:
-        """Clips the gradients and steps the optimizer."""
+        """Clips the gradients and steps the optimizers."""
         raise NotImplementedError
+
+    def step_optimizers(self) -> None:
+        """Steps each of them."""
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold besides the optimizer's own state: numbers and lists of them."""
@@ -58,9 +68,9 @@ class Method:
     stepper: Callable[..., Stepper]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def start(self, model: nn.Module, optimizer: Optimizer) -> Stepper:
+    def start(self, model: nn.Module, *optimizers: Optimizer) -> Stepper:
         """The method at work on `model`."""
-        return self.stepper(model, optimizer, **self.options)
+        return self.stepper(model, *optimizers, **self.options)
 
     @property
     def ours(self) -> bool:
@@ -83,21 +93,21 @@ class Unclipped(Stepper):
     def step(self) -> Clipping:
         """Measures, and steps."""
         grad_norm = total_norm(self.model)
-        self.optimizer.step()
+        self.step_optimizers()
         return Clipping(grad_norm, grad_norm)
 
 
 class FixedClipping(Stepper):
     """torch.nn.utils.clip_grad_norm_ at `max_norm`, in gradient-norm units; 1.0 is the usual setting."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, max_norm: float = 1.0) -> None:
-        super().__init__(model, optimizer)
+    def __init__(self, model: nn.Module, *optimizers: Optimizer, max_norm: float = 1.0) -> None:
+        super().__init__(model, *optimizers)
         self.max_norm = max_norm
 
     def step(self) -> Clipping:
         """Clips at `max_norm`, and steps."""
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm).item()
-        self.optimizer.step()
+        self.step_optimizers()
         return Clipping(grad_norm, min(grad_norm, self.max_norm), self.max_norm, grad_norm > self.max_norm)
 
 
@@ -106,8 +116,8 @@ class ZClipped(Stepper):
 
     optimizer: ZClipOptimizer
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, **options: Any) -> None:
-        super().__init__(model, ZClipOptimizer(optimizer, **options))
+    def __init__(self, model: nn.Module, *optimizers: Optimizer, **options: Any) -> None:
+        super().__init__(model, ZClipOptimizer(optimizers if len(optimizers) > 1 else optimizers[0], **options))
 
     def step(self) -> Clipping:
         """Steps, and reads the metrics."""
@@ -120,8 +130,8 @@ class ZClipped(Stepper):
 class Former(Stepper):
     """What this project had for a default first, for the record."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        super().__init__(model, optimizer)
+    def __init__(self, model: nn.Module, *optimizers: Optimizer) -> None:
+        super().__init__(model, *optimizers)
         self.rule = FormerDefault()
 
     def step(self) -> Clipping:
@@ -134,7 +144,7 @@ class Former(Stepper):
         if clipping.clipped:
             for parameter in self.model.parameters():
                 parameter.grad.mul_(clipped_norm / grad_norm)
-        self.optimizer.step()
+        self.step_optimizers()
         return clipping
 
     def state(self) -> dict[str, Any]:
@@ -151,17 +161,17 @@ class PublishedZClip(Stepper):
 
     kept = ("initialized", "buffer", "mean", "var")
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, model: nn.Module, *optimizers: Optimizer) -> None:
         from zclip import ZClip
 
-        super().__init__(model, optimizer)
+        super().__init__(model, *optimizers)
         self.clipper = ZClip(max_grad_norm=None)
 
     def step(self) -> Clipping:
         """Clips, and steps; what it did is measured."""
         grad_norm = self.clipper.step(self.model)
         clipping = measured(grad_norm, total_norm(self.model))
-        self.optimizer.step()
+        self.step_optimizers()
         return clipping
 
     def state(self) -> dict[str, Any]:
@@ -174,20 +184,20 @@ class PublishedZClip(Stepper):
 
 
 class AutoClip(Stepper):
-    """The package `autoclip`: the 90th percentile of the last 1,000 global norms, its defaults."""
+    """The package `autoclip`: a quantile of the last 1,000 global norms, 0.9 by its default, 0.1 in its paper."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, model: nn.Module, *optimizers: Optimizer, quantile: float = 0.9) -> None:
         from autoclip.torch import QuantileClip
 
-        super().__init__(model, optimizer)
-        self.clipper = QuantileClip(model.parameters(), global_threshold=True)
+        super().__init__(model, *optimizers)
+        self.clipper = QuantileClip(model.parameters(), quantile=quantile, global_threshold=True)
 
     def step(self) -> Clipping:
         """Clips, and steps; what it did is measured."""
         grad_norm = total_norm(self.model)
         self.clipper.step()
         clipping = measured(grad_norm, total_norm(self.model))
-        self.optimizer.step()
+        self.step_optimizers()
         return clipping
 
     def state(self) -> dict[str, Any]:
@@ -234,6 +244,7 @@ def measured(grad_norm: float, clipped_norm: float) -> Clipping:
 
 PAPER = {
     "alpha": 0.97,
+    "lookback": None,
     "z_thresh": 2.5,
     "alpha_down": None,
     "z_skip": None,

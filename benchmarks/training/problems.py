@@ -7,7 +7,7 @@ trained by SGD with momentum, which takes the scale of the gradients as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +23,7 @@ from benchmarks.training.spikes import SpikeRule
 
 POINTS = 50
 P = 59  # numbers are added modulo this
+Q = 97  # and divided modulo this
 TRAIN_SHARE = 0.7  # of the pairs
 HIDDEN, HEADS, FFN = 64, 4, 256
 
@@ -88,6 +89,58 @@ class SumTransformer(nn.Module):
         return (share.unsqueeze(-1) * values).sum(1).flatten(1)
 
 
+class Attention(nn.Module):
+    """Causal attention over three tokens, as far as it differs between examples."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+
+    def forward(self, queries: Tensor, tokens: Sequence[Tensor]) -> Tensor:
+        """What queries (n, width) attend to among tokens, each (n, width)."""
+        query = self._heads(self.query(queries))
+        keys, values = (
+            torch.stack([self._heads(layer(token)) for token in tokens]) for layer in (self.key, self.value)
+        )
+        share = ((keys * query).sum(-1, keepdim=True) / math.sqrt(query.shape[-1])).softmax(0)  # (tokens, n, heads, 1)
+        return self.out((share * values).sum(0).flatten(1))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+
+class DivisionTransformer(nn.Module):
+    """Two pre-norm decoder blocks over the tokens a, b, =; pairs (n, 2) to logits of their quotient (n, Q)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(0.02 * torch.randn(Q + 1, HIDDEN))  # the last one is "="
+        self.position = nn.Parameter(0.02 * torch.randn(3, HIDDEN))
+        self.attention = nn.ModuleList(Attention(HIDDEN, HEADS) for _ in range(2))
+        self.ffn = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, FFN), nn.GELU(), nn.Linear(FFN, HIDDEN))
+            for _ in range(2)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(3))
+        self.head = nn.Linear(HIDDEN, Q, bias=False)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        """Logits at "="."""
+        first = functional.embedding(pairs[:, 0], self.embedding) + self.position[0]
+        second = functional.embedding(pairs[:, 1], self.embedding) + self.position[1]
+        tokens = [first, second, (self.embedding[Q] + self.position[2]).expand_as(first)]
+        normed = [self.norms[0](token) for token in tokens]
+        tokens = [
+            token + self.attention[0](query, normed[: i + 1])
+            for i, (token, query) in enumerate(zip(tokens, normed, strict=True))
+        ]
+        tokens = [token + self.ffn[0](token) for token in tokens]
+        normed = [self.norms[1](token) for token in tokens]
+        last = tokens[-1] + self.attention[1](normed[-1], normed)
+        return self.head(self.norms[2](last + self.ffn[1](last)))
+
+
 def digit_net() -> nn.Module:
     """Images (n, 8, 8) to logits (n, 10), one hidden layer."""
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
@@ -129,16 +182,35 @@ class Sums:
     def train(self, step: int) -> Example:
         """Pairs drawn anew at every step."""
         chosen = torch.randint(len(self.pairs), (self.batch,), generator=step_generator(self.seed, step))
-        return with_sums(self.pairs[chosen])
+        return self.with_targets(self.pairs[chosen])
 
     def held_out(self, count: int) -> Iterator[Example]:
         """All held-out pairs in one batch."""
-        return iter([with_sums(self.others)])
+        return iter([self.with_targets(self.others)])
+
+    @staticmethod
+    def with_targets(pairs: Tensor) -> Example:
+        """Pairs and their sums modulo P."""
+        return pairs, pairs.sum(1) % P
 
 
-def with_sums(pairs: Tensor) -> Example:
-    """Pairs and their sums modulo P."""
-    return pairs, pairs.sum(1) % P
+class Quotients(Sums):
+    """Pairs of numbers below Q, the second not 0, and their quotients modulo Q; half of the pairs are held out."""
+
+    source, schedule = f"quotients modulo {Q}", {}
+    chance = math.log(Q)
+
+    def __init__(self, batch: int, seed: int, schedule: dict[int, str]) -> None:
+        self.batch, self.seed = batch, seed
+        pairs = torch.cartesian_prod(torch.arange(Q), torch.arange(1, Q))
+        pairs = pairs[torch.randperm(len(pairs), generator=step_generator(seed, -1))]
+        self.pairs, self.others = pairs.chunk(2)
+
+    @staticmethod
+    def with_targets(pairs: Tensor) -> Example:
+        """Pairs and their quotients modulo Q."""
+        inverse = torch.tensor([pow(b, Q - 2, Q) for b in range(Q)])
+        return pairs, pairs[:, 0] * inverse[pairs[:, 1]] % Q
 
 
 def adam(beta2: float) -> Callable[..., Optimizer]:
@@ -169,6 +241,7 @@ class Problem:
     spike: SpikeRule = OF_FITTED_SUMS
     level: float = 0.05  # training losses above it, after `settled` of the steps, are counted
     settled: float = 0.4
+    warmup_steps: int = 0  # of the learning rate
 
     @property
     def scale_free(self) -> bool:
@@ -191,6 +264,7 @@ PROBLEMS = {
     "sums-0.95": Problem("modular addition, beta2 0.95", SumNet, Sums, adam(0.95)),
     "sums-0.98": Problem("modular addition, beta2 0.98", SumNet, Sums, adam(0.98)),
     "sums-transformer": Problem("modular addition, transformer", SumTransformer, Sums, adam(0.98)),
+    "division": Problem("modular division, transformer", DivisionTransformer, Quotients, adam(0.98), warmup_steps=10),
     "digits-sgd": Problem("digits, SGD", digit_net, DigitBatches, sgd(), **HELD_OUT),
     "digits-sgd-sum": Problem(
         "digits, SGD, summed loss", digit_net, DigitBatches, sgd(), summed_cross_entropy, **HELD_OUT

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.training.architectures import ARCHITECTURES
@@ -23,6 +23,7 @@ from benchmarks.training.methods import Method
 from benchmarks.training.presets import PRESETS, Preset
 
 DIVERGED_AFTER = 10  # non-finite losses in a row that end a run
+MUON_LR = 10.0  # in units of AdamW's rate
 
 # Called between backward and the method's step with the step (from 0) and the parameters, to change their gradients.
 Injection = Callable[[int, Sequence[nn.Parameter]], None]
@@ -43,6 +44,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-7
     weight_decay: float = 0.01
+    muon: bool = False  # for the matrices, beside AdamW
     held_out_batches: int = 64
     corrupt: bool = True  # whether some batches are
 
@@ -67,16 +69,23 @@ class TrainConfig:
         architecture = ARCHITECTURES[self.architecture]
         return architecture.open(paths, self.shape, self.batch, self.seed, self.schedule)
 
-    def optimizer(self, model: nn.Module) -> AdamW:
-        """The paper's AdamW."""
-        return AdamW(
-            model.parameters(),
+    def optimizers(self, model: nn.Module) -> list[Optimizer]:
+        """The paper's AdamW; with Muon, first that one for the matrices between embedding and head."""
+        everything = dict(model.named_parameters())
+        matrices = {name: p for name, p in everything.items() if self.muon and is_hidden_matrix(name, p)}
+        adamw = AdamW(
+            [p for name, p in everything.items() if name not in matrices],
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
             fused=self.shape.fused,
         )
+        if not matrices:
+            return [adamw]
+        from torch.optim import Muon  # since torch 2.9
+
+        return [Muon(matrices.values(), lr=MUON_LR * self.lr, weight_decay=self.weight_decay), adamw]
 
     def lr_factor(self, step: int) -> float:
         """Share of the peak rate at `step` (from 0): linear up, then a cosine down to `final_lr_share`."""
@@ -84,6 +93,11 @@ class TrainConfig:
             return (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.final_lr_share + (1 - self.final_lr_share) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon is for it."""
+    return parameter.dim() == 2 and not name.startswith(("embedding", "head", "position"))
 
 
 @dataclass(frozen=True)
@@ -131,8 +145,8 @@ class Run:
         self.device = device or torch.device("cpu")
         model = ARCHITECTURES[config.architecture].model(config.shape)
         self.model = spread(model.to(self.device))
-        self.stepper = method.start(self.model, config.optimizer(self.model))
-        self.scheduler = LambdaLR(self.stepper.optimizer, config.lr_factor)
+        self.stepper = method.start(self.model, *config.optimizers(self.model))
+        self.schedulers = [LambdaLR(optimizer, config.lr_factor) for optimizer in self.stepper.optimizers]
         self.taken = 0  # steps
 
     def steps(self, stop: int | None = None, injection: Injection | None = None) -> Iterator[StepRecord]:
@@ -159,7 +173,7 @@ class Run:
     def _step(self, step: int, injection: Injection | None) -> StepRecord:
         batch = self.batches.train(step)
         inputs, targets = self._part(*batch)
-        lr = self.scheduler.get_last_lr()[0]
+        lr = self.schedulers[-1].get_last_lr()[-1]
         start = time.perf_counter()
         loss = self._backward(inputs, targets)
         if injection is not None:
@@ -167,7 +181,8 @@ class Run:
         clipping = self.stepper.step()
         loss = mean_over_ranks(loss).item()
         ms = 1e3 * (time.perf_counter() - start)
-        self.scheduler.step()
+        for scheduler in self.schedulers:
+            scheduler.step()
         return StepRecord(
             method=self.method.name,
             step=step + 1,
@@ -186,7 +201,8 @@ class Run:
 
     def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Leaves the batch's mean gradient, micro-batch by micro-batch; returns its mean loss."""
-        self.stepper.optimizer.zero_grad()
+        for optimizer in self.stepper.optimizers:
+            optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
         for loss in self._micro_losses(inputs, targets):
             loss.backward()
