@@ -1,8 +1,8 @@
 """Feeds sequences of norms to ZClip's spike test and counts the steps that it clips. No model, no training.
 
-Two questions: does it find its way back after the level of the norm has shifted for good, and how often does it clip
-norms that come from one distribution all the time? Writes detector.json and
-detector.md.
+Four questions: does it find its way back after the level of the norm has shifted for good; how often does it clip norms
+that come from one distribution all the time; how long does one bad norm at the start blind it; and what would it have
+done to the norms of real runs, from their public logs? Writes detector.json and detector.md.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.evidence.histories import HISTORY_NOTES, history_line, load_histories, replayed_rows
 from benchmarks.options import add_out_option, positive_int, prepare_folder
 from benchmarks.report.pages import Result, bullets, document, restored, write_result
 from benchmarks.report.progress import progress_interval
 from benchmarks.report.summary import heading, markdown
+from benchmarks.training.contenders import Contender, ours
+from benchmarks.training.methods import METHODS
 from zclip_optim.algorithm import NormStats, ZClipConfig, decide
 
 NOISE = 0.05  # standard deviation of the norm, in units of its mean
@@ -39,10 +43,14 @@ Z_THRESH = 2.5  # and this one
 NOTES = (
     f"shift: {BEFORE} norms around 1 with Gaussian noise of {NOISE:.0%}, then the level rises by so many standard "
     "deviations for good",
-    "paper: zclip_optim with alpha_down=None, patience=None; the rest: with these options; zclip 1.0.0: the published "
-    "package with max_grad_norm=None, shown a module with one parameter whose gradient is the norm",
+    "paper: zclip_optim as in the paper; the rest: with these options; zclip 1.0.0: the published package with "
+    "max_grad_norm=None, shown a module with one parameter whose gradient is the norm",
     "AR(1): its tail is that of its stationary distribution",
 )
+
+BAD_STEPS, BAD_FACTORS = (1, 6, 21), (1e2, 1e4, 1e6)  # where one bad norm stands, and how large it is
+PROBE, PROBED = 20.0, 2_000  # ordinary norms, and steps up to which it is tried
+BLIND_SEEDS = 3
 
 Detector = Callable[[Sequence[float]], list[bool]]
 
@@ -85,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
     prepare_folder(args.out)
     with tqdm(total=len(SEQUENCES) * args.seeds, unit="sequence", mininterval=progress_interval()) as progress:
         rows = [row for norms in SEQUENCES for row in count(norms, args.steps, args.seeds, progress)]
+    blind, histories = blind_rows(min(args.seeds, BLIND_SEEDS)), replayed_rows(RULES)
     result = heading("detector", range(args.seeds), "zclip") | {
         "seconds": round(time.perf_counter() - start, 1),
         "steps": args.steps,
@@ -93,9 +102,11 @@ def run(args: argparse.Namespace) -> None:
         "steps_not_counted_after_shift": {norms.name: norms.ignored - BEFORE for norms in SHIFTED},
         "stuck_above": STUCK,
         "rows": [asdict(row) for row in rows],
+        "blind": blind,
+        "histories": histories,
     }
     write_result(args.out / "detector.json", result, page)
-    print("", *tables(rows, args.steps), sep="\n\n")
+    print("", *tables(rows, args.steps), *blind_table(blind), *history_table(histories), sep="\n\n")
     print(f"\nwritten to {args.out}: detector.json, detector.md, in {result['seconds']} s")
 
 
@@ -139,14 +150,48 @@ def published(norms: Sequence[float]) -> list[bool]:
     return spikes
 
 
-PAPER = {"patience": None, "alpha_down": None, "z_thresh": Z_THRESH}
-DETECTORS: dict[str, Detector] = {
-    "zclip 1.0.0": published,
-    "paper": partial(zclip_optim, **PAPER),
-    "patience=200": partial(zclip_optim, **PAPER | {"patience": PATIENCE}),
-    "alpha_down=0.8": partial(zclip_optim, **PAPER | {"alpha_down": 0.8}),
-    "alpha_down=0.8, patience=200": partial(zclip_optim, **PAPER | {"alpha_down": 0.8, "patience": PATIENCE}),
+PAPER = METHODS["paper"].options
+RULES: dict[str, Mapping[str, Any]] = {
+    each.label: PAPER | dict(each.options)
+    for each in (
+        Contender("paper", "paper"),
+        ours(patience=PATIENCE),
+        ours(alpha_down=0.8),
+        ours(lookback=0.1),
+        ours(lookback=0.1, alpha_down=0.9),
+        ours(lookback=0.1, alpha_down=0.9, patience=PATIENCE),
+    )
 }
+DETECTORS: dict[str, Detector] = {"zclip 1.0.0": published} | {
+    name: partial(zclip_optim, **options) for name, options in RULES.items()
+}
+
+
+def blind_rows(seeds: int) -> list[dict[str, Any]]:
+    """A row for each place and size of one bad norm, and each rule: for every seed when PROBE would be clipped."""
+    return [
+        {
+            "step": step,
+            "factor": factor,
+            "rule": rule,
+            "steps": [steps_blind(step, factor, seed, options) for seed in range(seeds)],
+        }
+        for step in BAD_STEPS
+        for factor in BAD_FACTORS
+        for rule, options in RULES.items()
+    ]
+
+
+def steps_blind(bad_step: int, factor: float, seed: int, options: Mapping[str, Any]) -> int | None:
+    """The first step (from 1) at which a norm of PROBE would be clipped; None if there is none up to PROBED."""
+    norms = normal(torch.Generator().manual_seed(seed), PROBED - WARMUP).tolist()
+    norms[bad_step - 1] *= factor
+    config, stats = ZClipConfig(**options), NormStats()
+    for step, norm in enumerate(norms, start=1):
+        if decide(PROBE, stats, config).is_spike:
+            return step
+        stats = decide(norm, stats, config).stats
+    return None
 
 
 def noise(generator: torch.Generator, steps: int) -> Tensor:
@@ -221,7 +266,26 @@ def page(result: Result) -> str:
     """The two tables and what their words mean."""
     rows = [restored(Row, row) for row in result["rows"]]
     title = "detector: how often the spike test clips, without a model"
-    return document(title, result, *tables(rows, result["steps"]), bullets(NOTES))
+    more = *blind_table(result["blind"]), *history_table(result["histories"])
+    return document(title, result, *tables(rows, result["steps"]), *more, bullets((*NOTES, *HISTORY_NOTES)))
+
+
+def blind_table(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """After its title: the worst of the seeds for each bad norm and rule."""
+    found: dict[tuple[int, float], dict[str, str]] = {}
+    for row in rows:
+        place = {"one bad norm": f"{row['factor']:,.0f} times the others, at step {row['step']}"}
+        steps = "-" if None in row["steps"] else str(max(row["steps"]))
+        found.setdefault((row["step"], row["factor"]), place)[row["rule"]] = steps
+    title = f"The first step at which a norm {PROBE:g} times the others is clipped (worst seed; -: not by {PROBED:,}):"
+    return title, markdown(list(found.values()))
+
+
+def history_table(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """After its title: what each rule did to each history."""
+    kinds = {each.name: f"{each.kind}, every {each.logging_steps} steps" for each in load_histories()}
+    sources = "; ".join(f"{name}: {kind}" for name, kind in kinds.items())
+    return f"Norms of real runs, as they were logged ({sources}):", markdown(list(map(history_line, rows)))
 
 
 def tables(rows: Sequence[Row], steps: int) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Injects faults into the gradients of a small language model and shows how each clipping method comes out of them.
 
 The model and the text are the comparison's, without corrupted batches. Each method trains once up to the fault; from
-there one copy of the run goes on without a fault and one with each fault. Writes faults.json and faults.md.
+there one copy of the run goes on without a fault and one with each fault. And how long does one bad norm at the start
+blind a method? Writes faults.json and faults.md.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import math
 import statistics
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import islice, product
 
 import torch
 from tqdm import tqdm
@@ -22,9 +24,9 @@ from benchmarks import UserError
 from benchmarks.options import add_training_options, prepare_folder
 from benchmarks.report.pages import Result, bullets, document, restored, setup, write_result
 from benchmarks.report.progress import progress_interval
-from benchmarks.report.summary import heading, markdown
+from benchmarks.report.summary import heading, markdown, mean_loss
 from benchmarks.training.data import Batches
-from benchmarks.training.injection import FAULTS, Fault, Level
+from benchmarks.training.injection import FAULTS, Fault, Level, multiple
 from benchmarks.training.methods import METHODS, Method
 from benchmarks.training.run import Run, StepRecord, TrainConfig
 from zclip_optim import ZClipWarning
@@ -32,8 +34,9 @@ from zclip_optim import ZClipWarning
 BATCH = 4  # windows per step, a quarter of the comparison's
 THREADS = 1  # a model of this size gains little from a second one, and loses much when it has to share the cores
 BESIDE_THE_PAPER: tuple[dict[str, float], ...] = (
-    {"alpha_down": 0.8},
-    {"alpha_down": 0.8, "z_skip": 10},
+    {"lookback": 0.1},
+    {"lookback": 0.1, "alpha_down": 0.9},
+    {"lookback": 0.1, "alpha_down": 0.9, "z_skip": 10},
     {"patience": 200},
 )
 
@@ -54,6 +57,8 @@ LEVEL_STEPS = 50  # before the fault, whose norms give its level
 LAST = 50  # steps at the end, of the final loss and the share of clipped steps
 BAND = 0.05  # nats per byte
 SMOOTH = 10  # steps
+BAD_STEPS, BAD_FACTORS = (1, 6, 21), (1e2, 1e4, 1e6)  # where one bad norm stands, and how large it is
+PROBE, PROBE_EVERY = 20.0, 25  # times the gradients; steps
 CHECKED = 3  # steps in which a copied run must equal the original
 NO_FAULT = "no fault"
 
@@ -94,6 +99,16 @@ class Cell:
     steps: int  # from the fault on; fewer than the others if the loss stayed non-finite
 
 
+@dataclass(frozen=True)
+class BadStart:
+    """A method after one bad norm: the first step tried at which one of PROBE times the gradients is clipped."""
+
+    method: str
+    step: int  # from 1, of the bad norm
+    factor: float
+    clipped_at: int | None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the faults."""
     add_training_options(parser, steps=350)
@@ -111,19 +126,25 @@ def run(args: argparse.Namespace) -> None:
     prepare_folder(args.out)
     print(f"text: {batches.source}")
     cells: list[Cell] = []
+    starts: list[BadStart] = []
     levels: dict[str, Level] = {}
     for method in PEERS:
         levels[method.label], column = train_method(method, config, batches)
         cells += column
+        starts += [bad_start(method, config, batches, *where) for where in product(BAD_STEPS, BAD_FACTORS)]
     seconds = round(time.perf_counter() - start, 1)
-    result = summary(config, batches, levels, cells) | {"seconds": seconds}
+    result = summary(config, batches, levels, cells, starts) | {"seconds": seconds}
     write_result(args.out / "faults.json", result, page)
-    print("", *tables(cells, last_steps(config)), "\n".join(NOTES), sep="\n\n")
+    print("", *tables(cells, last_steps(config)), *start_table(starts), "\n".join(NOTES), sep="\n\n")
     print(f"\nwritten to {args.out}: faults.json, faults.md, in {seconds} s")
 
 
 def summary(
-    config: TrainConfig, batches: Batches, levels: Mapping[str, Level], cells: Sequence[Cell]
+    config: TrainConfig,
+    batches: Batches,
+    levels: Mapping[str, Level],
+    cells: Sequence[Cell],
+    starts: Sequence[BadStart],
 ) -> dict[str, object]:
     """What ran, on what, and what came out."""
     return heading("faults", [config.seed], "zclip", "autoclip") | {
@@ -134,6 +155,7 @@ def summary(
         "notes": NOTES,
         "levels": {name: level._asdict() for name, level in levels.items()},
         "rows": [asdict(cell) for cell in cells],
+        "starts": [asdict(start) for start in starts],
     }
 
 
@@ -188,6 +210,19 @@ def finished(run: Run, records: list[StepRecord]) -> Branch:
     return Branch(records, all(bool(p.isfinite().all()) for p in run.model.parameters()))
 
 
+def bad_start(method: Method, config: TrainConfig, batches: Batches, step: int, factor: float) -> BadStart:
+    """A run whose gradients are so many times as large at one of its first steps, tried every PROBE_EVERY steps."""
+    run = Run(method, config, batches)
+    bad, probe = (Fault("", "", 1, multiple(times)) for times in (factor, PROBE))
+    nothing = Level(0.0, 0.0)
+    for stop in range(PROBE_EVERY, config.steps, PROBE_EVERY):
+        deque(run.steps(stop, bad.at(step - 1, nothing)), maxlen=0)
+        (record,) = run.fork().steps(stop + 1, probe.at(stop, nothing))
+        if record.clipped:
+            return BadStart(method.label, step, factor, stop + 1)
+    return BadStart(method.label, step, factor, None)
+
+
 def compare(method: Method, fault: str, branch: Branch, reference: Branch, config: TrainConfig) -> Cell:
     """A cell of the table."""
     last = last_steps(config)
@@ -203,11 +238,6 @@ def compare(method: Method, fault: str, branch: Branch, reference: Branch, confi
         skipped_steps=sum(record.skipped for record in branch.records),
         steps=len(branch.records),
     )
-
-
-def mean_loss(records: Sequence[StepRecord]) -> float:
-    """The mean loss of some steps."""
-    return statistics.fmean(record.loss for record in records)
 
 
 def steps_to_recover(records: Sequence[StepRecord], reference: Sequence[StepRecord]) -> int | None:
@@ -228,6 +258,7 @@ def page(result: Result) -> str:
         result,
         f"{setup(result)} The fault begins at step {result['fault_step']}.",
         *tables(cells, result["last_steps"]),
+        *start_table([restored(BadStart, row) for row in result["starts"]]),
         bullets([*result["notes"], f"sigma, as a share of the mean: {', '.join(sigmas)}"]),
     )
 
@@ -242,6 +273,17 @@ def tables(cells: Sequence[Cell], last: int) -> tuple[str, ...]:
         f"Share of the last {last} steps clipped:",
         table(cells, lambda cell: f"{cell.clipped_share:.0%}" if cell.survived else "-"),
     )
+
+
+def start_table(starts: Sequence[BadStart]) -> tuple[str, ...]:
+    """After its title: bad norms down, methods across."""
+    rows: dict[tuple[int, float], dict[str, str]] = {}
+    for start in starts:
+        where = {"one bad norm": f"x {start.factor:,.0f} at step {start.step}"}
+        clipped_at = "-" if start.clipped_at is None else str(start.clipped_at)
+        rows.setdefault((start.step, start.factor), where)[start.method] = clipped_at
+    title = f"After one bad norm, the first step at which gradients x {PROBE:g} are clipped; tried every {PROBE_EVERY}:"
+    return title, markdown(list(rows.values()))
 
 
 def table(cells: Sequence[Cell], entry: Callable[[Cell], str]) -> str:

@@ -1,9 +1,10 @@
 """Spikes that come by themselves: no corrupted data, only Adam at a constant rate on problems that it fits ever better.
 
 A full-batch regression at three rates, sums modulo 59 learned by a network with one hidden layer (beta2 0.95 and 0.98)
-and by a transformer of one layer, and quotients modulo 97 by one of two layers at an ordinary rate. Whoever learns less spikes less by a definition relative to the losses before,
-so that the absolute figures count as much: the mean and the worst loss of the last fifth of the run, and the steps over
-a level. Cells that have ended are kept in OUT/cells and not run again; `regret` shares those that it has in common.
+and by a transformer of one layer, and quotients modulo 97 by one of two layers at an ordinary rate. Whoever learns less
+spikes less by a definition relative to the losses before, so that the absolute figures count as much: the mean and the
+worst loss of the last fifth of the run, and the steps over a level. Cells that have ended are kept in OUT/cells and not
+run again; `regret` shares those that it has in common.
 Writes instability.json, instability.md and instability.png.
 """
 
@@ -50,8 +51,8 @@ NOTES = (
     "log loss, paired: the logarithm of the mean loss of the last fifth minus that of the other method with the same "
     "seed, mean ± standard error; below zero is better",
     "none: the bare optimizer; fixed N: clip_grad_norm_ at N; zclip 1.0.0: the published package without its cap; "
-    "paper: ZClipOptimizer as in the paper; the rest: the paper with these options; autoclip: the package's default, the "
-    "90th percentile, and that of its paper, the 10th",
+    "paper: ZClipOptimizer as in the paper; the rest: the paper with these options; autoclip: the 90th "
+    "percentile, the package's default, and the 10th, its paper's",
     *(
         f"{problem.label}: a spike is {problem.spike}; level: {problem.level:g}, after {problem.settled:.0%} of the run"
         for problem in PROBLEMS.values()

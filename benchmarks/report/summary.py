@@ -20,6 +20,7 @@ from tabulate import tabulate
 from benchmarks.training.run import StepRecord, TrainConfig
 
 FINAL = 50  # clean steps that the final loss is the mean of
+START = 0.3  # of the run, in which norms fall fastest
 WINDOW = 50  # clean steps before, that a loss is compared with
 HISTORY = 10  # clean steps needed before anything can be called a spike
 DEVIATIONS = 5.0
@@ -49,6 +50,8 @@ class Summary:
     skipped_steps: int
     steps: int
     ms_per_step: float  # median
+    loss_of_start: float  # mean over the first START of the run
+    loss_after_start: float  # and over the rest
 
 
 def summarize(method: str, label: str, records: Sequence[StepRecord], held_out_loss: float, warmup: int) -> Summary:
@@ -69,13 +72,19 @@ def summarize(method: str, label: str, records: Sequence[StepRecord], held_out_l
         skipped_steps=sum(r.skipped for r in records),
         steps=len(records),
         ms_per_step=statistics.median(r.ms for r in records) if records else math.nan,
+        loss_of_start=mean_loss([r for r in clean if r.step <= START * len(records)]),
+        loss_after_start=mean_loss([r for r in clean if r.step > START * len(records)]),
     )
 
 
 def final_loss(records: Sequence[StepRecord]) -> float:
     """The mean of the last FINAL clean losses; NaN if there are none."""
-    losses = [r.loss for r in records if r.corrupted is None][-FINAL:]
-    return statistics.fmean(losses) if losses else math.nan
+    return mean_loss([r for r in records if r.corrupted is None][-FINAL:])
+
+
+def mean_loss(records: Sequence[StepRecord]) -> float:
+    """The mean of the losses; NaN if there are none."""
+    return statistics.fmean(r.loss for r in records) if records else math.nan
 
 
 def steps_to_loss(records: Sequence[StepRecord], target: float) -> float:
@@ -121,6 +130,7 @@ def format_table(summaries: Sequence[Summary]) -> str:
             "method": s.label,
             f"final loss (last {FINAL})": f"{s.final_loss:.3f}",
             "validation loss": f"{s.held_out_loss:.3f}",
+            f"mean loss, first {START:.0%} / rest": f"{s.loss_of_start:.3f} / {s.loss_after_start:.3f}",
             "worst loss": f"{s.worst_loss:.3f}",
             "loss spikes": s.loss_spikes,
             "clipped steps": f"{s.clipped_steps} of {s.steps}",

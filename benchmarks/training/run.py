@@ -41,7 +41,7 @@ class TrainConfig:
     batch: int = 16  # examples per step, of all processes together
     warmup_share: float = 0.1  # of the steps
     final_lr_share: float = 0.1  # of the peak
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.95)  # what language models are trained with
     eps: float = 1e-7
     weight_decay: float = 0.01
     muon: bool = False  # for the matrices, beside AdamW
