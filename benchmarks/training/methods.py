@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.training.former import FormerDefault
 from zclip_optim import ZClip, ZClipOptimizer
 
 ROUNDING = 1e-5  # relative; both packages divide by a norm plus 1e-6, in float32
@@ -127,35 +126,6 @@ class ZClipped(Stepper):
         return Clipping(m.grad_norm, m.clipped_norm, m.threshold, clipped, m.skipped, m.z_score, m.mean, m.std)
 
 
-class Former(Stepper):
-    """What this project had for a default first, for the record."""
-
-    def __init__(self, model: nn.Module, *optimizers: Optimizer) -> None:
-        super().__init__(model, *optimizers)
-        self.rule = FormerDefault()
-
-    def step(self) -> Clipping:
-        """Clips, and steps unless the norm is not finite."""
-        grad_norm = total_norm(self.model)
-        if not math.isfinite(grad_norm):
-            return Clipping(grad_norm, grad_norm, skipped=True)
-        clipped_norm = self.rule.clip(grad_norm)
-        clipping = Clipping(grad_norm, clipped_norm, clipped=clipped_norm < grad_norm)
-        if clipping.clipped:
-            for parameter in self.model.parameters():
-                parameter.grad.mul_(clipped_norm / grad_norm)
-        self.step_optimizers()
-        return clipping
-
-    def state(self) -> dict[str, Any]:
-        """The statistics."""
-        return vars(self.rule).copy()
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` returned."""
-        vars(self.rule).update(state)
-
-
 class PublishedZClip(Stepper):
     """The package `zclip` with its defaults, but for the cap at norm 1.0, which would hide its own rule."""
 
@@ -263,7 +233,6 @@ METHODS = {
         Method("zclip_optim", "zclip_optim", ZClipped),
         Method("mean", "paper, mean", ZClipped, PAPER | {"clip_option": "mean"}),
         Method("max", "paper, max", ZClipped, PAPER | {"clip_option": "max"}),
-        Method("former", "patience=25, winsorised", Former),
         Method("paper", "paper", ZClipped, PAPER),
         Method("capped", "max_grad_norm=1.0", ZClipped, {"max_grad_norm": 1.0}),
     )
