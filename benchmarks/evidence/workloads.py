@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 from benchmarks.paper.cells import BAD_SHARD, CARTPOLE, CLEAN, FIRST_SEED, TRIPLED, Cell
 from benchmarks.paper.tables import CARTPOLE_LR, EPISODES
 from benchmarks.training.contenders import (
-    ADAGC,
     AUTOCLIP,
     AUTOCLIP_LOW,
-    CAPPED,
     FALLING,
     FOLLOWING,
     FOLLOWING_CAPPED,
@@ -126,19 +124,7 @@ INSTABILITY = Comparison(
         PAPER,
         LOOKING_BACK,
         FOLLOWING,
-        *map(
-            informing,
-            (
-                *map(fixed, (0.1, 10)),
-                AUTOCLIP,
-                AUTOCLIP_LOW,
-                PUBLISHED,
-                PATIENT,
-                FALLING,
-                *FOR_INFORMATION,
-                ours(lookback=0.1, alpha_down=0.9, z_skip=10),
-            ),
-        ),
+        *map(informing, (fixed(0.1), AUTOCLIP, AUTOCLIP_LOW, PUBLISHED, PATIENT, FALLING, *FOR_INFORMATION)),
     ),
 )
 
@@ -157,7 +143,7 @@ def language_model(label: str, architecture: str, beta2: float, steps: int | Non
 
 LONG = replace(
     language_model("LLaMA, 3,000 steps", "llama", 0.95, 3_000),
-    contenders=tuple(each.label for each in (fixed(1), PAPER, LOOKING_BACK, FOLLOWING, FOLLOWING_CAPPED)),
+    contenders=tuple(each.label for each in (fixed(1), PAPER, LOOKING_BACK, FOLLOWING)),
 )
 BY_GROUP = ours(special=True, lookback=0.1, alpha_down=0.9, scope="group")
 MUON = replace(
@@ -211,21 +197,7 @@ REGRET = Comparison(
         FOLLOWING,
         NONE,
         FOLLOWING_CAPPED,
-        BY_GROUP,
         *(each for each in ON_SHIFTED_DIGITS if each.special),
-        *map(
-            informing,
-            (
-                *map(fixed, (0.01, 0.1, 10, 100)),
-                AUTOCLIP,
-                AUTOCLIP_LOW,
-                ADAGC,
-                PUBLISHED,
-                CAPPED,
-                FALLING,
-                *FOR_INFORMATION,
-                ours(lookback=0.1, alpha_down=0.9, z_skip=10),
-            ),
-        ),
+        *map(informing, (*map(fixed, (0.01, 0.1, 10, 100)), AUTOCLIP, AUTOCLIP_LOW, BY_GROUP)),
     ),
 )
