@@ -111,7 +111,7 @@ DIVISION = Workload(
     "division",
     1e-3,
     20_000,
-    256,
+    128,
     DIVISION_SEEDS,
     contenders=tuple(each.label for each in (NONE, fixed(1), PAPER, LOOKING_BACK, FOLLOWING)),
 )

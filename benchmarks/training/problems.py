@@ -7,7 +7,7 @@ trained by SGD with momentum, which takes the scale of the gradients as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -90,24 +90,20 @@ class SumTransformer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention over three tokens, as far as it differs between examples."""
+    """Causal attention over the first dimension, which is short; (tokens, n, width) to the same shape."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.query_key_value, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
 
-    def forward(self, queries: Tensor, tokens: Sequence[Tensor]) -> Tensor:
-        """What queries (n, width) attend to among tokens, each (n, width)."""
-        query = self._heads(self.query(queries))
-        keys, values = (
-            torch.stack([self._heads(layer(token)) for token in tokens]) for layer in (self.key, self.value)
-        )
-        share = ((keys * query).sum(-1, keepdim=True) / math.sqrt(query.shape[-1])).softmax(0)  # (tokens, n, heads, 1)
-        return self.out((share * values).sum(0).flatten(1))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
+    def forward(self, x: Tensor) -> Tensor:
+        """Every token attends to itself and those before it."""
+        query, key, value = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        scores = (query.unsqueeze(1) * key).sum(-1) / math.sqrt(query.shape[-1])  # (tokens, tokens, n, heads)
+        ahead = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+        share = scores.masked_fill(ahead[:, :, None, None], -math.inf).softmax(1)
+        return self.out((share.unsqueeze(-1) * value).sum(1).flatten(2))
 
 
 class DivisionTransformer(nn.Module):
@@ -116,29 +112,21 @@ class DivisionTransformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Parameter(0.02 * torch.randn(Q + 1, HIDDEN))  # the last one is "="
-        self.position = nn.Parameter(0.02 * torch.randn(3, HIDDEN))
-        self.attention = nn.ModuleList(Attention(HIDDEN, HEADS) for _ in range(2))
+        self.position = nn.Parameter(0.02 * torch.randn(3, 1, HIDDEN))
+        self.attention = nn.ModuleList(nn.Sequential(nn.LayerNorm(HIDDEN), Attention(HIDDEN, HEADS)) for _ in range(2))
         self.ffn = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, FFN), nn.GELU(), nn.Linear(FFN, HIDDEN))
             for _ in range(2)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(3))
-        self.head = nn.Linear(HIDDEN, Q, bias=False)
+        self.head = nn.Sequential(nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, Q, bias=False))
 
     def forward(self, pairs: Tensor) -> Tensor:
         """Logits at "="."""
-        first = functional.embedding(pairs[:, 0], self.embedding) + self.position[0]
-        second = functional.embedding(pairs[:, 1], self.embedding) + self.position[1]
-        tokens = [first, second, (self.embedding[Q] + self.position[2]).expand_as(first)]
-        normed = [self.norms[0](token) for token in tokens]
-        tokens = [
-            token + self.attention[0](query, normed[: i + 1])
-            for i, (token, query) in enumerate(zip(tokens, normed, strict=True))
-        ]
-        tokens = [token + self.ffn[0](token) for token in tokens]
-        normed = [self.norms[1](token) for token in tokens]
-        last = tokens[-1] + self.attention[1](normed[-1], normed)
-        return self.head(self.norms[2](last + self.ffn[1](last)))
+        x = functional.embedding(functional.pad(pairs, (0, 1), value=Q).T, self.embedding) + self.position
+        x = x + self.attention[0](x)
+        x = x + self.ffn[0](x)
+        last = (x + self.attention[1](x))[-1]
+        return self.head(last + self.ffn[1](last))
 
 
 def digit_net() -> nn.Module:

@@ -74,16 +74,13 @@ def test_the_transformer_is_attention_over_three_tokens():
 def test_the_division_transformer_is_two_causal_blocks_over_three_tokens():
     torch.manual_seed(0)
     net, pairs = DivisionTransformer(), torch.randint(1, Q, (7, 2))
-    x = net.embedding[functional.pad(pairs, (0, 1), value=Q)] + net.position
-    for norm, attention, ffn in zip(net.norms, net.attention, net.ffn, strict=False):
-        query, key, value = (
-            layer(norm(x)).unflatten(-1, (4, 16)).transpose(1, 2)
-            for layer in (attention.query, attention.key, attention.value)
-        )
+    x = net.embedding[functional.pad(pairs, (0, 1), value=Q)] + net.position[:, 0]
+    for (norm, attention), ffn in zip(net.attention, net.ffn, strict=True):
+        query, key, value = attention.query_key_value(norm(x)).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + attention.out(mixed.transpose(1, 2).flatten(2))
         x = x + ffn(x)
-    torch.testing.assert_close(net(pairs), net.head(net.norms[2](x[:, -1])))
+    torch.testing.assert_close(net(pairs), net.head(x[:, -1]))
 
 
 def test_quotients_are_quotients_and_half_of_them_are_held_out():
