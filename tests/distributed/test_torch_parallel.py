@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from thoroughness import thorough
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, ShardingStrategy, fully_shard
@@ -319,7 +320,7 @@ def assert_equal_to_one_process(world, way, single, inner, **options):
 
 
 PIPELINE = pytest.param(Pipeline, marks=needs_pipeline_on_gloo)
-every_inner = pytest.mark.parametrize("inner", INNER)
+every_inner = pytest.mark.parametrize("inner", ["AdamW", *map(thorough, ("AdamW fused", "SGD"))])
 
 
 @every_inner
@@ -372,7 +373,7 @@ def check_on_device(rank, way, inner):
     return on_host[0], on_device[0], distance(on_host[1], on_device[1])
 
 
-@pytest.mark.parametrize("inner", ["AdamW fused", "SGD"])
+@pytest.mark.parametrize("inner", ["AdamW fused", thorough("SGD")])
 @pytest.mark.parametrize("way", [Ddp, *map(on_fsdp2, (Fsdp2, Hsdp, TensorParallel)), PIPELINE])
 def test_statistics_that_stay_on_the_device(two, four, way, inner):
     results = (four if way in (Hsdp, TensorParallel) else two).run(check_on_device, way, inner)

@@ -47,6 +47,12 @@ def test_readme_has_exactly_the_two_commands():
     assert {"bench", "test", "dev"} <= set(extras)
 
 
+def test_what_the_readmes_command_leaves_out_is_run_right_after_it():
+    assert re.search(r'^bash -c "\$test_command"\n.*-m pytest -m thorough$', CI, flags=re.MULTILINE)
+    assert re.search(r"-m pytest .*-m ''", VERSIONS)
+    assert "`.venv/bin/python -m pytest -m thorough`" in README
+
+
 def test_the_package_depends_on_torch_alone():
     assert setup_cfg()["options"]["install_requires"].split() == ["torch>=2.6"]
 
