@@ -290,14 +290,19 @@ def train(way, inner, wrap=True):
     return history, way.full_parameters()
 
 
+@functools.cache  # most ways are compared with the same
+def train_in_one_process(single, inner, wrap=True):
+    return train(single(0), inner, wrap)
+
+
 def check(rank, way, single, inner, options):
     """Runs of several ranks and of one process, with the wrapper and without."""
     with contextlib.suppress(AttributeError):
         way = functools.partial(way, **options)
     history, params = train(way(rank), inner)
     _, bare = train(way(rank), inner, wrap=False)
-    expected_history, expected_params = train(single(0), inner)
-    _, expected_bare = train(single(0), inner, wrap=False)
+    expected_history, expected_params = train_in_one_process(single, inner)
+    _, expected_bare = train_in_one_process(single, inner, wrap=False)
     return history, expected_history, distance(params, expected_params), distance(bare, expected_bare)
 
 
