@@ -67,7 +67,7 @@ def test_the_two_share_cells_and_ask_what_the_issue_asks():
     assert [w.architecture for w in REGRET.workloads if not w.suits(cap)] == ["digits-sgd"] * 2 + ["digits-sgd-sum"] * 2
 
 
-def test_instability_in_short(tmp_path, monkeypatch, capsys):
+def test_instability_in_short(in_short, tmp_path, monkeypatch, capsys):
     short = (
         "instability",
         "--workloads",
@@ -100,7 +100,7 @@ def test_instability_in_short(tmp_path, monkeypatch, capsys):
     assert "instability has no such cell" in capsys.readouterr().err
 
 
-def test_regret_in_short(tmp_path, monkeypatch, capsys):
+def test_regret_in_short(in_short, tmp_path, monkeypatch, capsys):
     methods = ("none", "fixed 0.01", "fixed 1", "fixed 100", "AdaGC", "paper")
     benchmark(monkeypatch, "regret", *SHORT, "--methods", *methods, "--out", tmp_path)
     result = result_of(tmp_path, "regret")
