@@ -10,9 +10,9 @@ from world import World
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("dev", deadline=None)
-torch.set_num_threads(
-    1
-)  # the tensors are tiny; a busy machine makes threads that wait for each other seven times slower
+# The tensors are tiny; a busy machine makes threads that wait for each other seven times slower. Children inherit it.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 

@@ -13,12 +13,31 @@ from benchmarks.__main__ import main
 ROOT = Path(__file__).parents[2]
 
 
-def benchmarks(*args):
+def in_its_own_process(*args):
     command = [sys.executable, "-m", "benchmarks", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
 
 
-def test_a_short_run_writes_table_figure_and_every_step(tmp_path):
+@pytest.fixture
+def in_this_process(monkeypatch, capsys):
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, args)])
+        code = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def benchmarks(in_short, in_this_process):
+    return in_this_process if in_short else in_its_own_process
+
+
+def test_a_short_run_writes_table_figure_and_every_step(benchmarks, tmp_path):
     result = benchmarks("--steps", 12, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "| zclip_optim " in result.stdout
@@ -34,7 +53,7 @@ def test_a_short_run_writes_table_figure_and_every_step(tmp_path):
         assert row["held_out_loss"] < records[0]["loss"]
 
 
-def test_a_seed_fixes_every_step(tmp_path):
+def test_a_seed_fixes_every_step(benchmarks, tmp_path):
     losses = []
     for folder in ("one", "two"):
         assert benchmarks("--steps", 4, "--seed", 5, "--out", tmp_path / folder).returncode == 0
@@ -43,7 +62,7 @@ def test_a_seed_fixes_every_step(tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_own_data(tmp_path):
+def test_own_data(benchmarks, tmp_path):
     (tmp_path / "mine.txt").write_text("to be or not to be, that is the question. " * 2000)
     result = benchmarks("--steps", 3, "--data", tmp_path / "mine.txt", "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
@@ -81,12 +100,12 @@ def test_wrong_input_is_one_line_and_exit_code_2(args, complaint, tmp_path, monk
 
 
 def test_wrong_input_in_a_process_of_its_own():
-    result = benchmarks("--steps", "none")
+    result = in_its_own_process("--steps", "none")
     assert result.returncode == 2
     assert result.stderr == "benchmarks: error: argument --steps: must be a whole number >= 1, got 'none'\n"
 
 
-def test_faults_in_short(tmp_path):
+def test_faults_in_short(benchmarks, tmp_path):
     result = benchmarks("faults", "--steps", 4, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "faults.json").read_text())
@@ -96,14 +115,14 @@ def test_faults_in_short(tmp_path):
     assert (tmp_path / "faults.md").read_text().startswith("# faults")
 
 
-def test_detector_in_short(tmp_path):
+def test_detector_in_short(benchmarks, tmp_path):
     result = benchmarks("detector", "--steps", 300, "--seeds", 2, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "detector.json").read_text())["rows"]
     assert (tmp_path / "detector.md").read_text().startswith("# detector")
 
 
-def test_overhead_in_short(tmp_path):
+def test_overhead_in_short(benchmarks, tmp_path):
     result = benchmarks("overhead", "--seconds", 0.01, "--max-parameters", 20_000, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "vs clip_grad_norm_" in result.stdout
@@ -115,13 +134,13 @@ def test_overhead_in_short(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run")
-def test_gpu_without_a_gpu():
-    result = benchmarks("gpu")
+def test_gpu_without_a_gpu(in_this_process):
+    result = in_this_process("gpu")
     assert result.returncode == 2
     assert "torch finds no CUDA device here" in result.stderr
 
 
-def test_help_names_every_option():
-    text = benchmarks("--help").stdout
+def test_help_names_every_option(in_this_process):
+    text = in_this_process("--help").stdout
     for option in ("--steps", "--lr", "--seed", "--out", "--data"):
         assert option in text

@@ -67,7 +67,7 @@ def test_the_two_share_cells_and_ask_what_the_issue_asks():
     assert all(set(w.contenders or ()) <= labels for w in (*REGRET.workloads, *INSTABILITY.workloads))
 
 
-def test_instability_in_short(tmp_path, monkeypatch, capsys):
+def test_instability_in_short(in_short, tmp_path, monkeypatch, capsys):
     short = (
         "instability",
         "--workloads",
@@ -100,7 +100,7 @@ def test_instability_in_short(tmp_path, monkeypatch, capsys):
     assert "instability has no such cell" in capsys.readouterr().err
 
 
-def test_regret_in_short(tmp_path, monkeypatch, capsys):
+def test_regret_in_short(in_short, tmp_path, monkeypatch, capsys):
     methods = ("none", "fixed 0.01", "fixed 1", "fixed 100", "lookback=0.1, alpha_down=0.9, max_grad_norm=1", "paper")
     benchmark(monkeypatch, "regret", *SHORT, "--methods", *methods, "--out", tmp_path)
     result = result_of(tmp_path, "regret")

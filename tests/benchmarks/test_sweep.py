@@ -166,7 +166,7 @@ def test_a_step_that_the_cap_alone_has_clipped_counts_as_clipped(tmp_path):
     assert outcome["clipped_share"] == sum(above) / 20 > 0  # the warm-up of 25 steps has nothing but the cap
 
 
-def test_a_sweep_goes_on_where_it_was_stopped_and_a_cell_can_be_run_again(tmp_path, monkeypatch, capsys):
+def test_a_sweep_goes_on_where_it_was_stopped_and_a_cell_can_be_run_again(in_short, tmp_path, monkeypatch, capsys):
     size = ("options", "--steps", 3, "--batch", 1, "--seeds", 1, "--out", tmp_path)
     sweep(monkeypatch, *size)
     first = json.loads((tmp_path / "options.json").read_text())
@@ -232,7 +232,7 @@ def test_a_killed_worker_is_one_line(tmp_path, monkeypatch, capsys):
     assert last == ("benchmarks: error: a process that ran a cell was killed; the same command goes on from there")
 
 
-def test_cells_of_other_data_are_not_taken(tmp_path, monkeypatch, capsys):
+def test_cells_of_other_data_are_not_taken(in_short, tmp_path, monkeypatch, capsys):
     sweep(monkeypatch, "rl", "--steps", 1, "--seeds", 1, "--out", tmp_path)
     (tmp_path / "text.txt").write_text("to be or not to be " * 200)
     with pytest.raises(SystemExit):
@@ -240,14 +240,14 @@ def test_cells_of_other_data_are_not_taken(tmp_path, monkeypatch, capsys):
     assert "choose another --out" in capsys.readouterr().err
 
 
-def test_the_other_tasks_in_short(tmp_path, monkeypatch):
+def test_the_other_tasks_in_short(in_short, tmp_path, monkeypatch):
     for name in ("arch", "rl"):
         sweep(monkeypatch, name, "--steps", 2, "--batch", 1, "--seeds", 1, "--out", tmp_path)
         rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
         assert len(rows) == len(TABLES[name].rows) * len(TABLES[name].conditions)
 
 
-def test_another_preset_has_files_of_its_own(tmp_path, monkeypatch):
+def test_another_preset_has_files_of_its_own(in_short, tmp_path, monkeypatch):
     sweep(monkeypatch, "rl", "--preset", "nano", "--steps", 1, "--seeds", 1, "--out", tmp_path)
     result = json.loads((tmp_path / "nano-rl.json").read_text())
     assert result["cell_command"] == "python -m benchmarks sweep rl --preset nano --cell NAME"

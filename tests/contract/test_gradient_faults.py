@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from reference import ReferenceZClip
+from thoroughness import cases
 from torch import nn
 from zclip import ZClip as PublishedZClip
 
@@ -73,11 +74,11 @@ class Run:
         return metrics.mean, metrics.std, metrics.step, metrics.clipped_steps
 
 
-every_inner = pytest.mark.parametrize("make_inner", INNER.values(), ids=INNER.keys())
+every_inner = pytest.mark.parametrize("make_inner", cases(INNER, common=["AdamW fused"]))
 every_phase = pytest.mark.parametrize("start", PHASES.values(), ids=PHASES.keys())
 
 
-@every_inner
+@pytest.mark.parametrize("make_inner", cases(INNER, common=["AdamW fused", "LBFGS"]))
 @every_phase
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("times", [1, 5])

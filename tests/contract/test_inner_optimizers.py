@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-from inner_optimizers import CASES
+from inner_optimizers import CASES, REPRESENTATIVES
 from torch import nn
 from training import make_batch, parameters
 
@@ -24,6 +24,15 @@ pytestmark = [  # what the inner optimizers themselves warn of
 
 CAP = 1e-3
 ALL_PARAMS = [pytest.param(case, id=name) for name, case in CASES.items()]
+
+
+def marks_of(name):
+    return () if name in REPRESENTATIVES else pytest.mark.thorough
+
+
+def one_of_each_kind(names=CASES):
+    """As `ALL_PARAMS`; only those of REPRESENTATIVES are in every run."""
+    return [pytest.param(CASES[name], id=name, marks=marks_of(name)) for name in names]
 
 
 def bare(inner):
@@ -141,7 +150,7 @@ CONTRACTS = {
 def expected_to_keep(contract):
     reason = "copy" if contract == "pickle" else contract
     return [
-        pytest.param(contract, case, id=f"{contract}-{name}")
+        pytest.param(contract, case, id=f"{contract}-{name}", marks=marks_of(name))
         for name, case in CASES.items()
         if reason not in case.lacks
     ]
@@ -158,9 +167,9 @@ def test_not_clipping_is_the_bare_optimizer_bit_for_bit(case):
 IGNORE_THEIR_CLOSURE = ("torch_optimizer Ranger", "torch_optimizer RangerVA")
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in IGNORE_THEIR_CLOSURE])
-def test_clipping_happens_also_for_trainers_that_always_pass_a_closure(name):
-    case = replace(CASES[name], needs_closure=True)
+@pytest.mark.parametrize("case", one_of_each_kind(name for name in CASES if name not in IGNORE_THEIR_CLOSURE))
+def test_clipping_happens_also_for_trainers_that_always_pass_a_closure(case):
+    case = replace(case, needs_closure=True)
     model, optimizer = build(case, with_cap)
     ours = run(case, model, optimizer, range(4))
     assert torch.equal(ours, run_clipped_by_hand(case, *build(case, bare), range(4)))
@@ -168,7 +177,7 @@ def test_clipping_happens_also_for_trainers_that_always_pass_a_closure(name):
     assert optimizer.metrics.step == 4
 
 
-@pytest.mark.parametrize("case", ALL_PARAMS)
+@pytest.mark.parametrize("case", one_of_each_kind())
 def test_clipping_happens_before_the_inner_step(case):
     model, optimizer = build(case, with_cap)
     ours = run(case, model, optimizer, range(12))
@@ -194,9 +203,7 @@ class Both:
         self.second.zero_grad()
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=name) for name, case in CASES.items() if not case.needs_closure]
-)
+@pytest.mark.parametrize("case", one_of_each_kind(name for name in CASES if not CASES[name].needs_closure))
 def test_beside_another_optimizer_in_one_wrapper_it_is_itself(case):
     def run_beside_adamw(wrap, steps):
         model, first = build(case, bare)
@@ -219,7 +226,11 @@ def test_keeps_the_contract(contract, case):
 
 @pytest.mark.parametrize(
     ("contract", "case"),
-    [pytest.param(contract, case, id=f"{contract}-{name}") for name, case in CASES.items() for contract in case.lacks],
+    [
+        pytest.param(contract, case, id=f"{contract}-{name}", marks=marks_of(name))
+        for name, case in CASES.items()
+        for contract in case.lacks
+    ],
 )
 def test_what_is_left_out_fails_without_the_wrapper_too(contract, case):
     try:

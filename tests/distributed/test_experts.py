@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from test_distributed import all_reduces, dtensor_parameter, full_gradients, mesh_of, norm_of
 from test_torch_parallel import INNER, OPTIONS, OUTLIERS, Plain, assert_equal_to_one_process, full, loss_of, make_batch
+from thoroughness import thorough
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -138,7 +139,7 @@ every_ep = pytest.mark.parametrize("ep", [2, 4])
 
 @every_ep
 @every_way
-@pytest.mark.parametrize("inner", ["AdamW", "AdamW fused"])
+@pytest.mark.parametrize("inner", ["AdamW", thorough("AdamW fused")])
 def test_training_is_that_of_one_process(four, way, ep, inner):
     assert_equal_to_one_process(four, way, Moe, inner, ep=ep)
 

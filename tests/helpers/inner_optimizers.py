@@ -227,3 +227,30 @@ CASES = {
     **dict(pytorch_optimizer_cases()),
     **dict(schedulefree_cases()),
 }
+
+# One of each kind, for contracts that a thorough run holds all others to.
+REPRESENTATIVES = {
+    "AdamW single": "a loop over the parameters",
+    "AdamW foreach": "lists of tensors",
+    "AdamW fused": "one kernel, which scales and skips by itself",
+    "AdamW tensor lr": "a tensor among the options",
+    "SparseAdam": "sparse gradients alone",
+    "SGD sparse": "sparse gradients too",
+    "Muon": "matrices alone",
+    "LBFGS None": "several evaluations",
+    "LBFGS strong_wolfe": "as many evaluations as it takes",
+    "torch_optimizer Yogi": "another package",
+    "torch_optimizer Adahessian": "gradients with a graph",
+    "torch_optimizer A2GradExp": "no lr",
+    "torch_optimizer Lookahead": "an optimizer inside, without Optimizer.__init__",
+    "torch_optimizer Ranger": "a closure that is not called",
+    "pytorch_optimizer Lion": "options as attributes, which a copy lacks",
+    "pytorch_optimizer Muon": "groups of matrices and of the rest",
+    "pytorch_optimizer SAM": "two evaluations, at two places",
+    "pytorch_optimizer GSAM": "a closure that returns a pair",
+    "pytorch_optimizer SCION": "objects in the state",
+    "pytorch_optimizer TRAC": "an optimizer inside",
+    "schedulefree AdamWScheduleFree foreach=True": "parameters that train() and eval() exchange",
+    "schedulefree SGDScheduleFreeClosure": "the same around a closure",
+    "schedulefree ScheduleFreeWrapper": "no torch.optim.Optimizer",
+}

@@ -47,6 +47,12 @@ def test_readme_has_exactly_the_two_commands():
     assert {"bench", "test", "dev"} <= set(extras)
 
 
+def test_what_the_readmes_command_leaves_out_is_run_right_after_it():
+    assert re.search(r'^bash -c "\$test_command"\n.*-m pytest -m thorough$', CI, flags=re.MULTILINE)
+    assert re.search(r"-m pytest .*-m ''", VERSIONS)
+    assert "`.venv/bin/python -m pytest -m thorough`" in README
+
+
 def test_the_package_depends_on_torch_alone():
     assert setup_cfg()["options"]["install_requires"].split() == ["torch>=2.6"]
 
@@ -78,12 +84,13 @@ def test_importing_it_imports_no_extra():
         ("matplotlib", "import zclip_optim.plotting as p; p.plot_norms_by_parameter([])", "plot"),
     ],
 )
-def test_a_missing_extra_is_named(package, use, extra):
-    code = f"import sys; sys.modules[{package!r}] = None; {use}"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (
-        f"ImportError: {package} is not installed; install it with: pip install 'zclip_optim[{extra}]'" in result.stderr
-    )
+def test_a_missing_extra_is_named(package, use, extra, monkeypatch):
+    for name in [name for name in sys.modules if re.match(rf"(zclip_optim\.integrations|{package})\.", name)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError) as error:
+        exec(use)
+    assert str(error.value) == f"{package} is not installed; install it with: pip install 'zclip_optim[{extra}]'"
     assert extra in setup_cfg()["options.extras_require"]
 
 

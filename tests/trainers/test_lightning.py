@@ -1,5 +1,7 @@
 """The Lightning callback and Fabric, with the real package: every run equals the same run in plain torch."""
 
+from functools import partial
+
 import lightning
 import pytest
 import schedulefree
@@ -327,9 +329,9 @@ class TestLogging:
             ZClipOptimizer, "metrics", property(lambda self: reads.append(1) or metrics.fget(self))
         )  # each read waits for an accelerator
         options = {"log_every_n_steps": 5, "accumulate_grad_batches": accumulate}
-        fit(Module(), [ZClipCallback()], logger=MemoryLogger(), **options)
+        fit(Module(), [ZClipCallback(**OPTIONS)], logger=MemoryLogger(), **options)
         assert len(reads) == STEPS // accumulate // 5
-        fit(Module(), [ZClipCallback()], logger=False, **options)
+        fit(Module(), [ZClipCallback(**OPTIONS)], logger=False, **options)
         assert len(reads) == STEPS // accumulate // 5
 
     @pytest.mark.parametrize("every", [1, 5])
@@ -378,7 +380,8 @@ class TestLogging:
     def test_shares_cost_a_read_per_step_and_only_if_asked_for(self, log_parameters, monkeypatch):
         reads, metrics = [], ZClipOptimizer.metrics
         monkeypatch.setattr(ZClipOptimizer, "metrics", property(lambda self: reads.append(1) or metrics.fget(self)))
-        fit(Module(), [ZClipCallback(log_parameters=log_parameters)], logger=MemoryLogger(), log_every_n_steps=5)
+        callback = ZClipCallback(log_parameters=log_parameters, **OPTIONS)
+        fit(Module(), [callback], logger=MemoryLogger(), log_every_n_steps=5)
         assert len(reads) == STEPS // 5 + (0 if log_parameters is None else STEPS)
 
     def test_the_file_of_the_csv_logger_can_be_plotted(self, tmp_path):
@@ -571,7 +574,8 @@ class TestWarnings:
         def make():
             return Module(lambda params: adamw([p for p in params if p.requires_grad]))
 
-        for callbacks in (lambda: [Unfreezes(), ZClipCallback()], lambda: [ZClipCallback(), Unfreezes()]):
+        ours = partial(ZClipCallback, **OPTIONS)
+        for callbacks in (lambda: [Unfreezes(), ours()], lambda: [ours(), Unfreezes()]):
             trainer = fit(make(), callbacks(), max_epochs=2)
             trainer.save_checkpoint(tmp_path / "last.ckpt")
             assert len(trainer.optimizers[0].param_groups) == 2

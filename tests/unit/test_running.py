@@ -14,6 +14,7 @@ import pytest
 import torch
 from reference import ReferenceZClip
 from test_algorithm import OPTIONS
+from thoroughness import thorough
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import backward, make_model, parameters, set_gradients, train
 
@@ -95,7 +96,7 @@ def sgd(params):
 
 @pytest.mark.filterwarnings("ignore::zclip_optim.ZClipWarning")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("nonfinite", ["skip", "pass"])
+@pytest.mark.parametrize("nonfinite", ["skip", thorough("pass")])
 def test_every_step_is_that_of_the_host_and_of_the_oracle(options, nonfinite, monkeypatch):
     norms = make_steps()
     on_host, at_the_end = run(sgd, norms, torch.float64, nonfinite=nonfinite, **options)
@@ -619,8 +620,8 @@ def elements(gradient):
 
 
 class TestCompiling:
-    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-    @pytest.mark.parametrize("n_scopes", [1, 3])
+    @pytest.mark.parametrize("backend", [thorough("eager"), "aot_eager"])
+    @pytest.mark.parametrize("n_scopes", [thorough(1), 3])
     @pytest.mark.parametrize(
         "options",
         [{}, {"z_skip": 6.0, "patience": 3, "alpha_down": 0.8, "max_grad_norm": 2.0}, {"nonfinite": "pass"}],
