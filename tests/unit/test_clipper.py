@@ -395,3 +395,23 @@ class TestReportedNorm:
     def test_it_is_one_norm(self):
         with pytest.raises(ValueError, match="scope must be 'global', not 'group'"):
             ZClip(scope="group").decide(1.0)
+
+
+@pytest.mark.parametrize("before", [None, 0.1])
+def test_lookback_goes_on_from_a_checkpoint_of_any_rule(before):
+    p = torch.nn.Parameter(torch.zeros(3))
+    norms = [1.0, 1.1, 0.9, 1.05] * 15
+
+    def trained(clipper, norms):
+        for norm in norms:
+            set_gradients([p], norm)
+            clipper.step([p])
+        return clipper
+
+    state = trained(ZClip(lookback=before), norms).state_dict()
+    resumed = ZClip(lookback=0.1)
+    resumed.load_state_dict(state)
+    metrics = trained(resumed, [30.0]).metrics
+    assert metrics.clipped_norm < 1.5
+    if before == 0.1:
+        assert metrics.clipped_norm == pytest.approx(trained(ZClip(lookback=0.1), [*norms, 30.0]).metrics.clipped_norm)
