@@ -3,19 +3,29 @@
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zclip_optim.algorithm import NormStats, Scalar, ZClipConfig
-from zclip_optim.distributed import Parameters, ProcessGroups, as_groups, as_param_groups, gradients_of
+from zclip_optim.checks import (
+    refuse_meta,
+    refuse_parameters_of_others,
+    refuse_unknown_shards,
+    refuse_unless_count,
+    refuse_unmeasurable,
+)
 from zclip_optim.fused import Kernels
-from zclip_optim.gradients import CHOICE, Gradients, ParamGroups, ReportedNorm, choices, refuse_unmeasurable
+from zclip_optim.gradients import CHOICE, Gradients, ParamGroups, ReportedNorm, choices
 from zclip_optim.health import Health
+from zclip_optim.layout import SHARD_GROUPS, ShardGroups, gradients_of, in_use
 from zclip_optim.metrics import ClipMetrics, ParameterNorm, combine, ranked
-from zclip_optim.running import DeviceState, HostState, Verdict, refuse_meta
+from zclip_optim.process_groups import ProcessGroups, as_groups, as_list, groups_in_model, kinds_of_others
+from zclip_optim.running import DeviceState, HostState, Verdict
 from zclip_optim.state import Counters, SavedState, StepRecord, fresh_records, from_flat, to_flat
+
+Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 class NonFiniteGradientError(FloatingPointError):
@@ -134,7 +144,7 @@ class ZClip:
         return self._clip(param_groups, new_step, kernels)
 
     def _clip(self, param_groups: ParamGroups, new_step: bool, kernels: Kernels | None) -> bool:
-        gradients = gradients_of(param_groups, self.config.scope, self.process_groups)
+        gradients = self._gradients_of(param_groups)
         try:
             norms = gradients.norms()
         except (RuntimeError, TypeError) as error:
@@ -143,6 +153,13 @@ class ZClip:
         if (self.health.missing or not any(gradients.local)) and new_step:
             self.health.count_missing(gradients.are_missing(norms))
         return self._step(gradients, norms, new_step, kernels)
+
+    def _gradients_of(self, param_groups: ParamGroups) -> Gradients:
+        gradients = gradients_of(param_groups, self.config.scope, self.process_groups)
+        if not gradients.are_all_here:
+            for groups in gradients.scopes:
+                refuse_unknown_shards(groups, self.process_groups)
+        return gradients
 
     def _step(self, gradients: Gradients, norms: Any, new_step: bool, kernels: Any) -> bool:
         state = self._state_for(gradients.device, len(norms))
@@ -201,6 +218,7 @@ class ZClip:
 
     def _wait_for_records(self) -> list[StepRecord]:
         """The records of the last step. On an accelerator this waits for it, once, and is when warnings are given."""
+        refuse_meta(self._state.device)
         records = self._state.read()
         self.health.check_when_read(records)
         return records
@@ -229,9 +247,8 @@ class ZClip:
 
     def norms_by_parameter(self, model_or_parameters: Parameters, limit: int | None = 10) -> list[ParameterNorm]:
         """As `ZClipOptimizer.norms_by_parameter`, of what `step` takes; those of a module have its names."""
-        gradients = gradients_of(
-            as_param_groups(model_or_parameters, self.process_groups), self.config.scope, self.process_groups
-        )
+        refuse_unless_count("limit", limit)
+        gradients = self._gradients_of(as_param_groups(model_or_parameters, self.process_groups))
         return ranked(gradients.norms_by_parameter(), limit)
 
     def state_dict(self) -> dict[str, Any]:
@@ -286,3 +303,29 @@ class ZClip:
         if self.config.scope == "group":
             return [to_flat(record, "group") for record in self._wait_for_records_of(n_groups)]
         return [to_flat(self._wait_for_records()[0], "global")] * n_groups
+
+
+def as_param_groups(model_or_parameters: Parameters, process_groups: ShardGroups) -> ParamGroups:
+    """A model, parameters or param groups as param groups, those of FSDP1 with the groups that hold their shards.
+
+    Raises:
+        TypeError: there is something else among them.
+        ValueError: see `refuse_parameters_of_others`.
+    """
+    groups = _as_param_groups(model_or_parameters, process_groups)
+    refuse_parameters_of_others(process_groups, (p for group in groups for p in group["params"]))
+    return groups
+
+
+def _as_param_groups(model_or_parameters: Any, process_groups: ShardGroups) -> ParamGroups:
+    if isinstance(model_or_parameters, nn.Module):
+        named = dict(model_or_parameters.named_parameters())
+        known = groups_in_model(model_or_parameters, process_groups) if in_use() else {}
+        return [{"params": list(named.values()), "param_names": list(named), SHARD_GROUPS: known}]
+    items = as_list(model_or_parameters)
+    groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
+    groups = [{**group, "params": as_list(group["params"])} for group in groups]
+    wrong = kinds_of_others(p for group in groups for p in group["params"])
+    if wrong:
+        raise TypeError(f"model_or_parameters must be a module, parameters or param groups, got {wrong} among them")
+    return groups

@@ -12,7 +12,6 @@ from zclip_optim.norm import (
     by_device_and_dtype,
     device_norm,
     gradient_norm,
-    is_ordinary,
     real_values,
     stored_values,
     wide_dtype,
@@ -215,7 +214,7 @@ def describe_nonfinite(param_groups: ParamGroups, limit: int = 10) -> str:
     """
     found = [
         f"{name} {'nested' if p.is_nested else tuple(p.shape)}"
-        for name, p, gradient in _named_gradients(param_groups)
+        for name, p, gradient in named_gradients(param_groups)
         if not real_values(gradient).isfinite().all()
     ]
     more = f" and {len(found) - limit} more" if len(found) > limit else ""
@@ -229,29 +228,11 @@ def named_params(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Mappi
             yield group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]", p, group
 
 
-def _named_gradients(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Tensor]]:
+def named_gradients(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name or position, parameter, and what this process has of its gradient."""
     for name, p, _ in named_params(param_groups):
         if p.grad is not None:
             yield name, p, local_tensor(p.grad)
-
-
-def refuse_unmeasurable(param_groups: ParamGroups, error: Exception) -> None:
-    """Name the gradient that torch cannot measure, if that is why measuring failed.
-
-    Raises:
-        TypeError: there is such a gradient.
-    """
-    for name, _, gradient in _named_gradients(param_groups):
-        if is_ordinary(gradient) and type(gradient) is Tensor:
-            continue
-        try:
-            gradient_norm([gradient])
-        except (RuntimeError, TypeError):
-            raise TypeError(
-                f"the norm of the gradient of {name} cannot be measured: a {type(gradient).__name__} of layout "
-                f"{gradient.layout} and dtype {gradient.dtype} ({error})"
-            ) from error
 
 
 def local_tensor(value: Tensor) -> Tensor:

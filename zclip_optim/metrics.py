@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
-from numbers import Integral
 from typing import Any, NamedTuple
 
 from zclip_optim.state import StepRecord
@@ -155,12 +154,7 @@ class ParameterNorm(NamedTuple):
 
 
 def ranked(norms: Sequence[tuple[str, float]], limit: int | None) -> list[ParameterNorm]:
-    """The first `limit` of parameters: those whose norm is not finite before the others, the largest first.
-
-    Raises:
-        ValueError: `limit` is neither None nor an integer >= 1.
-    """
-    refuse_unless_count("limit", limit)
+    """The first `limit` of parameters: those whose norm is not finite before the others, the largest first."""
     largest = max((norm for _, norm in norms if math.isfinite(norm)), default=0.0) or 1.0  # whose square may overflow
     total = math.fsum((norm / largest) ** 2 for _, norm in norms if math.isfinite(norm)) or 1.0
     found = [
@@ -169,9 +163,3 @@ def ranked(norms: Sequence[tuple[str, float]], limit: int | None) -> list[Parame
     ]
     found.sort(key=lambda each: each.norm if math.isfinite(each.norm) else math.inf, reverse=True)
     return found[:limit]
-
-
-def refuse_unless_count(name: str, value: Any) -> None:
-    """Raise ValueError for an argument that is neither None nor an integer >= 1."""
-    if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1):
-        raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")

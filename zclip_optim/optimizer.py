@@ -11,20 +11,21 @@ import torch
 from torch.optim import Optimizer
 
 from zclip_optim.chain import Chain
-from zclip_optim.checks import check_base_optimizer, refuse_unclipped_update, refuse_unexpected
-from zclip_optim.clipper import NonFiniteGradientError, ZClip
-from zclip_optim.distributed import (
-    ProcessGroups,
+from zclip_optim.checks import (
+    check_base_optimizer,
     most_dimensions,
-    refuse_a_part_of_the_parameters,
     refuse_flat_shards,
     refuse_foreign_gradients,
     refuse_parameters_of_others,
+    refuse_unclipped_update,
+    refuse_unexpected,
     refuse_unknown_shards,
 )
+from zclip_optim.clipper import NonFiniteGradientError, ZClip
 from zclip_optim.fused import Kernels
 from zclip_optim.gradients import CHOICE, choices, collect_gradients, zero_gradients_
 from zclip_optim.metrics import ClipMetrics, ParameterNorm
+from zclip_optim.process_groups import ProcessGroups
 from zclip_optim.stages import STAGES, StagedStep
 from zclip_optim.state import SavedState
 
@@ -50,7 +51,9 @@ class ZClipOptimizer(Optimizer):
 
     Args:
         base_optimizer: the optimizer to wrap, an instance of any class; may be trained already. Or a list of them, over
-            parameters of one model: they step together, under one norm; a closure is evaluated once for all.
+            parameters of one model: they step together, under one norm; a closure is evaluated once for all. What gives
+            each rank a part of the parameters (ZeroRedundancyOptimizer) is to be wrapped itself: made by it, this would
+            measure that part.
         alpha: smoothing factor of the running statistics, 0 <= alpha < 1.
         z_thresh: z-score above which a step is a spike, in standard deviations, > 0.
         mode: "zscore", or "percentile" to clip spikes to mu + z_thresh * sigma whatever `clip_option` is.
@@ -154,8 +157,7 @@ class ZClipOptimizer(Optimizer):
         self.clipper = ZClip(**options)
         for part in parts:
             refuse_foreign_gradients(part, self._params())
-        refuse_unknown_shards(self._params(), self.clipper.process_groups)
-        refuse_a_part_of_the_parameters(self.clipper.process_groups)
+        refuse_unknown_shards(self.param_groups, self.clipper.process_groups)
         refuse_parameters_of_others(self.clipper.process_groups, self._params())
         # Not Optimizer.__init__, which would, through the properties below, empty the base optimizer.
         self._make_hook_dicts()

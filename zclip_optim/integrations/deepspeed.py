@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from zclip_optim.clipper import ZClip
-from zclip_optim.distributed import ShardGroups
 from zclip_optim.gradients import choices
 from zclip_optim.integrations import missing_extra
+from zclip_optim.layout import ShardGroups
 from zclip_optim.optimizer import ZClipOptimizer
 
 try:

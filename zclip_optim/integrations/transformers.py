@@ -4,10 +4,10 @@ import functools
 import warnings
 from typing import Any
 
+from zclip_optim.checks import refuse_unless_count
 from zclip_optim.clipper import ZClip
 from zclip_optim.health import ZClipWarning
 from zclip_optim.integrations import ShareLog, metrics_to_log, missing_extra
-from zclip_optim.metrics import refuse_unless_count
 from zclip_optim.optimizer import ZClipOptimizer
 
 try:
