@@ -21,12 +21,12 @@ from zclip_optim.checks import (
     refuse_unexpected,
     refuse_unknown_shards,
 )
-from zclip_optim.clipper import NonFiniteGradientError, ZClip
+from zclip_optim.clipper import ZClip
+from zclip_optim.evaluations import STAGES, Evaluations
 from zclip_optim.fused import Kernels
-from zclip_optim.gradients import CHOICE, choices, collect_gradients, zero_gradients_
+from zclip_optim.gradients import CHOICE, choices
 from zclip_optim.metrics import ClipMetrics, ParameterNorm
 from zclip_optim.process_groups import ProcessGroups
-from zclip_optim.stages import STAGES, StagedStep
 from zclip_optim.state import SavedState
 
 Closure = Callable[[], Any]
@@ -161,9 +161,8 @@ class ZClipOptimizer(Optimizer):
         refuse_parameters_of_others(self.clipper.process_groups, self._params())
         # Not Optimizer.__init__, which would, through the properties below, empty the base optimizer.
         self._make_hook_dicts()
-        self._may_move_in_closures = True  # the parameters, before a further evaluation; until its first step shows
         self._dimensions: int | None = most_dimensions(self._params())  # of the parameters; None from the first step on
-        self._staged: StagedStep | None = None
+        self._evaluations = Evaluations(self.clipper)
         self._chosen = choices(self.param_groups)  # which are clipped, until the first step shows
         self._adopt()
 
@@ -306,7 +305,7 @@ class ZClipOptimizer(Optimizer):
             torch.compiler.disable(look)() if torch.compiler.is_compiling() else look()  # type: ignore[no-untyped-call]
         with Kernels(self.parts) as kernels:
             if closure is not None:
-                return self._step_with(closure, kernels)
+                return self._evaluations.step(base, closure, kernels)
             return base.step() if self.clipper.clip_(base.param_groups, kernels=kernels) else None
 
     @property
@@ -335,42 +334,7 @@ class ZClipOptimizer(Optimizer):
     def _take_stage(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if self._dimensions is not None:
             self._look_at_first_step()
-        if self._staged is None or name == STAGES[0]:
-            self._staged = StagedStep(self.base_optimizer, self.clipper)
-        return self._staged.take(name, *args, **kwargs)
-
-    def _step_with(self, closure: Closure, kernels: Kernels) -> Any:
-        start = [p.detach().clone() for p in self._params()] if self._may_move_in_closures else None
-        clipping = _ClippingClosure(self, closure, kernels)
-        try:
-            result = self.base_optimizer.step(clipping)
-        except _SkipStep as skipped:
-            return skipped.loss
-        if not clipping.evaluations:
-            name = type(self.base_optimizer).__name__
-            self.clipper.health.warn(
-                "closure", f"{name} did not call the closure that its step() was given, so nothing was clipped there"
-            )
-        if clipping.must_go_back:
-            self._put_back(start)
-        # LBFGS moves nothing in a step that finds it at the minimum.
-        self._may_move_in_closures = clipping.moved or isinstance(self.base_optimizer, torch.optim.LBFGS)
-        if clipping.error is not None:
-            raise clipping.error
-        return result
-
-    def _put_back(self, start: list[torch.Tensor] | None) -> None:
-        if start is None:
-            name = type(self.base_optimizer).__name__
-            self.clipper.health.warn(
-                "moved",
-                f"a NaN or infinite norm met {name} where it had moved the parameters to, for a further evaluation of "
-                "its closure; it had not done so before, so there is no copy, and they stay there",
-            )
-            return
-        with torch.no_grad():
-            for p, value in zip(self._params(), start, strict=True):
-                p.copy_(value)
+        return self._evaluations.take(self.base_optimizer, name, *args, **kwargs)
 
     def _params(self) -> Iterator[torch.Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -483,56 +447,6 @@ class ZClipOptimizer(Optimizer):
         hidden = ("zclip_", f"{CHOICE}: True")  # the statistics are as of the last checkpoint
         base = "\n".join(line for line in lines if not line.lstrip().startswith(hidden))
         return f"{type(self).__name__} (\n{self.clipper!r}\n{base}\n)"
-
-
-class _ClippingClosure:
-    """A closure that clips the gradients it leaves behind, for one step of a base optimizer.
-
-    A first evaluation that is not finite leaves the step at once. An optimizer that has moved the parameters by then
-    (SAM always, LBFGS from its second evaluation on) is in the middle of something: it gets zero gradients, ends its
-    step, and the parameters are put back afterwards. That it moves them, their version counters tell, which torch does
-    not count up for a DTensor that a foreach or fused operation alone writes to: such a step is left where it was.
-    """
-
-    def __init__(self, optimizer: ZClipOptimizer, closure: Closure, kernels: Kernels) -> None:
-        self.optimizer, self.closure, self.kernels = optimizer, closure, kernels
-        self.versions = self._versions()
-        self.evaluations = 0
-        self.moved = False
-        self.must_go_back = False
-        self.error: NonFiniteGradientError | None = None
-
-    def __call__(self) -> Any:
-        self.moved |= self._versions() != self.versions
-        with torch.enable_grad():
-            loss = self.closure()
-        self.versions = self._versions()  # a closure may write to parameters as well
-        may_step = self._clip()
-        self.evaluations += 1
-        if not may_step:
-            if not self.moved:
-                raise self.error or _SkipStep(loss)
-            self.must_go_back = True
-            zero_gradients_(collect_gradients(self.optimizer.param_groups))
-        return loss
-
-    def _clip(self) -> bool:
-        clipper, groups = self.optimizer.clipper, self.optimizer.param_groups
-        try:
-            return clipper.clip_(groups, new_step=self.evaluations == 0, kernels=self.kernels)
-        except NonFiniteGradientError as error:
-            self.error = error
-            return False
-
-    def _versions(self) -> list[int]:
-        return [p._version for p in self.optimizer._params()]
-
-
-class _SkipStep(Exception):  # noqa: N818
-    """Leaves the base optimizer's step from within its closure."""
-
-    def __init__(self, loss: Any) -> None:
-        self.loss = loss
 
 
 def _is_no_zero(value: Any) -> bool:
