@@ -7,9 +7,8 @@ by the names of their classes, so that no package is imported for it, also where
 
 import difflib
 import inspect
-import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -91,8 +90,13 @@ FOREIGN = (
     ),
 )
 
-UPDATES = re.compile(r"step_.+|.+_step|fused_backward|fused_back_pass")  # methods that stand in for step()
-QUESTIONS = re.compile(r"(get|has|is|set|init|reset|validate|load|save|log)_.+|step_(size|count).*")  # that do not
+UPDATES = {  # methods of known optimizers that update parameters, all or one, and are not step()
+    "fused_backward",  # LOMO's and AdaLOMO's, which use the gradients up within backward
+    "fused_back_pass",
+    "step_param",  # of those that step one parameter as soon as it has its gradient
+    "step_parameter",
+    "update_step",  # bitsandbytes'
+}
 
 
 def check_base_optimizer(base_optimizer: Any, wrapper: type) -> None:
@@ -112,7 +116,7 @@ def check_base_optimizer(base_optimizer: Any, wrapper: type) -> None:
     if missing:  # not isinstance: ScheduleFreeWrapper, for one, is an optimizer without torch's base class
         kind = type(base_optimizer).__name__
         raise TypeError(f"base_optimizer must be an optimizer, got {kind}, which has no {', '.join(missing)}")
-    for optimizer in _with_those_inside(base_optimizer):
+    for optimizer in with_those_inside(base_optimizer):
         reason = _why_not(optimizer, wrapper)
         if reason:
             raise TypeError(f"base_optimizer {'is' if optimizer is base_optimizer else 'holds'} {reason}")
@@ -120,7 +124,7 @@ def check_base_optimizer(base_optimizer: Any, wrapper: type) -> None:
         raise ValueError("base_optimizer must not have differentiable=True: clipping writes to the gradients in place")
 
 
-def _with_those_inside(optimizer: Any) -> list[Any]:
+def with_those_inside(optimizer: Any) -> list[Any]:
     """An optimizer and those that it holds, as attributes or in a list or dict that is one."""
     found = [optimizer]
     for holder in found:  # which grows meanwhile
@@ -207,14 +211,14 @@ def refuse_unclipped_update(name: str, value: Any) -> None:
     Raises:
         AttributeError: it is one; so code that asks with `hasattr` goes on with step().
     """
-    if inspect.ismethod(value) and UPDATES.fullmatch(name) and not QUESTIONS.fullmatch(name):
+    if name in UPDATES and inspect.ismethod(value):
         raise AttributeError(
             f"{name} of {type(value.__self__).__name__} updates parameters without step(), where nothing would be "
             f"clipped: use step(), or base_optimizer.{name} to go without clipping"
         )
 
 
-def refuse_unknown_shards(param_groups: ParamGroups, process_groups: ShardGroups) -> None:
+def refuse_unknown_shards(param_groups: Iterable[Mapping[str, Any]], process_groups: ShardGroups) -> None:
     """Refuse shards of parameters if nothing is known about the other ones: the norm would be wrong.
 
     Raises:
@@ -285,7 +289,7 @@ def most_dimensions(params: Iterable[Tensor]) -> int:
     return max((0 if is_lazy(p) else p.dim() for p in params), default=0)
 
 
-def refuse_flat_shards(params: Iterable[Tensor], dimensions: int | None) -> None:
+def refuse_flat_shards(params: Iterable[Tensor], dimensions: int) -> None:
     """Refuse what DeepSpeed has put into an optimizer in place of the parameters that it was made with.
 
     Args:
@@ -295,7 +299,7 @@ def refuse_flat_shards(params: Iterable[Tensor], dimensions: int | None) -> None
     Raises:
         ValueError: DeepSpeed is loaded, and there are flat parameters only where there were others.
     """
-    if "deepspeed" in sys.modules and dimensions is not None and most_dimensions(params) == 1 < dimensions:
+    if "deepspeed" in sys.modules and most_dimensions(params) == 1 < dimensions:
         raise ValueError(
             f"DeepSpeed has replaced the parameters by flat shards and {NOT_SEEN}. Hand deepspeed.initialize the "
             f"optimizer without ZClipOptimizer, then call {ON_DEEPSPEED}"

@@ -12,9 +12,10 @@ import torch
 from torch.optim import LBFGS, Optimizer
 
 from zclip_optim.chain import Chain
-from zclip_optim.clipper import NonFiniteGradientError, ZClip
+from zclip_optim.clipper import ZClip
 from zclip_optim.fused import Kernels
 from zclip_optim.gradients import ParamGroups, collect_gradients, zero_gradients_
+from zclip_optim.health import NonFiniteGradientError
 
 STAGES = ("first_step", "second_step", "third_step")  # of SAM and its kin
 OF_TORCH = {cls for cls in vars(torch.optim).values() if isinstance(cls, type) and issubclass(cls, Optimizer)}

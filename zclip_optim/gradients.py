@@ -1,7 +1,7 @@
 """Gradients: where a norm comes from and a coefficient goes to."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,31 @@ ParamGroups: TypeAlias = Sequence[Mapping[str, Any]]
 CHOICE = "zclip"  # the key of a param group that says whether it is clipped
 
 
+class Scaler(Protocol):
+    """What carries out a decision on norms: the gradients, or somebody who has them."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """The accelerator on which the norms and the coefficients stay; None for the CPU."""
+
+    def scale_(self, coefs: Any) -> None:
+        """Multiply the gradients by the coefficient of their scope, or have it done."""
+
+    def leaves_out(self, flag: Any) -> bool:
+        """Whether it sees to it by itself that the step is left out, if `flag`, a tensor, turns out to be true."""
+
+    @property
+    def acts_later(self) -> bool:
+        """Whether what it was told is done after the step of this process, so that nobody has seen the norm yet."""
+
+    def describe_nonfinite(self, *, ask_others: bool) -> str:
+        """The parameters whose gradients hold NaN or infinities; empty if there are none.
+
+        Args:
+            ask_others: whether every rank that has seen a bad norm calls this now, so that they can tell each other.
+        """
+
+
 class Gradients:
     """The gradients of param groups, all elements of which are in this process.
 
@@ -36,6 +61,7 @@ class Gradients:
     """
 
     are_all_here = True
+    acts_later = False
 
     def __init__(self, param_groups: ParamGroups, scope: str) -> None:
         self.param_groups = param_groups
@@ -62,6 +88,10 @@ class Gradients:
         for gradients, coef in zip(self.local, coefs, strict=True):
             if isinstance(coef, Tensor) or coef != 1:
                 scale_gradients_(gradients, coef)
+
+    def leaves_out(self, flag: Any) -> bool:
+        """No: who takes the step must look."""
+        return False
 
     def can_be_scaled_one_by_one(self) -> bool:
         """Whether a kernel, which scales what it is given, may: no gradient is left alone, or would be scaled twice."""
@@ -101,26 +131,25 @@ class Gradients:
         return describe_nonfinite(self.param_groups)
 
 
-class ReportedNorm(Gradients):
-    """The norm of gradients that somebody else has, who scales them and steps or leaves it.
+class ReportedNorm:
+    """The norm of gradients that somebody else has, who scales them, and steps or leaves it.
 
     Args:
         norm: a number, or a tensor of one element.
 
     Attributes:
+        device: the accelerator that a step stays on, that of the norm; None for the CPU.
         factor: for the gradients, once it has been decided.
     """
 
-    scale_themselves = True  # to `ZClip` its owner is like kernels, which are told to skip and not waited for
+    acts_later = True
 
     def __init__(self, norm: float | Tensor) -> None:
-        super().__init__([], "global")
         self.norm, self.factor = norm, 1.0
-        if isinstance(norm, Tensor) and stays_on_device(norm):
-            self.device = norm.device
+        self.device = norm.device if isinstance(norm, Tensor) and stays_on_device(norm) else None
 
     def norms(self) -> Any:
-        """The norm as it was reported."""
+        """The norm as it was reported, as `Gradients.norms` gives them."""
         if self.device is None:
             return [float(self.norm)]
         return torch.as_tensor(self.norm).detach().reshape(1).to(wide_dtype(self.device))
@@ -129,17 +158,13 @@ class ReportedNorm(Gradients):
         """Keep the coefficient."""
         self.factor = coefs[0]
 
-    def can_be_scaled_one_by_one(self) -> bool:
-        """Not here."""
-        return False
+    def leaves_out(self, flag: Any) -> bool:
+        """True: its owner learns of it from `ZClip.step_was_skipped`."""
+        return True
 
     def describe_nonfinite(self, *, ask_others: bool) -> str:
         """That it is not known."""
         return "not known where only a norm is reported"
-
-    def skip(self, flag: Tensor) -> bool:
-        """Its owner learns of it from `ZClip.step_was_skipped`."""
-        return True
 
 
 def choices(param_groups: Iterable[Mapping[str, Any]]) -> list[bool]:

@@ -1,4 +1,4 @@
-"""Warnings about the failures that people meet, each kind once per run and without a word in between."""
+"""The failures that people meet: warnings, each kind once per run and without a word in between, and an error."""
 
 import math
 import os
@@ -29,6 +29,10 @@ HIDDEN = (
 
 class ZClipWarning(UserWarning):
     """Something about the gradients or the settings makes adaptive clipping less useful than it could be."""
+
+
+class NonFiniteGradientError(FloatingPointError):
+    """The gradient norm was NaN or infinite, and `nonfinite` or `max_consecutive_nonfinite` says to stop."""
 
 
 class Health:

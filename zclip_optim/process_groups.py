@@ -11,6 +11,7 @@ from zclip_optim.layout import AVAILABLE, Groups, ShardGroups, is_on_mesh
 ProcessGroups: TypeAlias = (
     "dist.ProcessGroup | Sequence[dist.ProcessGroup] | Mapping[dist.ProcessGroup, nn.Module | Iterable[Tensor]] | None"
 )
+Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 def as_groups(process_group: ProcessGroups) -> ShardGroups:

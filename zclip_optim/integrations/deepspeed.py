@@ -12,6 +12,7 @@ from zclip_optim.gradients import choices
 from zclip_optim.integrations import missing_extra
 from zclip_optim.layout import ShardGroups
 from zclip_optim.optimizer import ZClipOptimizer
+from zclip_optim.state import from_state_dict
 
 try:
     from deepspeed import __version__
@@ -150,7 +151,7 @@ class _Hooks:
         asked = inspect.signature(load).bind(*args, **kwargs).arguments
         saved = (client_state or {}).pop("zclip", None)
         if path is not None and asked.get("load_optimizer_states", True) and not asked.get("load_module_only"):
-            self.clipper.restore(saved and self.clipper.parse(saved))
+            self.clipper.restore(saved and from_state_dict(saved, self.clipper.config.scope))
         return path, client_state
 
 

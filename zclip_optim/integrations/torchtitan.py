@@ -6,10 +6,12 @@ from collections import ChainMap
 from typing import Any
 
 from zclip_optim.algorithm import ZClipConfig
+from zclip_optim.checkpoints import publish
 from zclip_optim.gradients import CHOICE, choices
 from zclip_optim.health import CLIPPED_BEFORE
 from zclip_optim.integrations import missing_extra
 from zclip_optim.optimizer import ZClipOptimizer
+from zclip_optim.state import from_flat
 
 try:
     from torchtitan.components.optimizer import OptimizersContainer
@@ -69,7 +71,7 @@ class ZClipOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """As torchtitan's, with the statistics for every parameter."""
-        self.zclip.clipper.publish(self.zclip.param_groups)
+        publish(self.zclip.clipper, self.zclip.param_groups)
         state_dict: dict[str, Any] = super().state_dict()
         ours = ChainMap(*map(_flat, self.zclip.param_groups)).keys()
         if not ours <= state_dict.keys():
@@ -81,11 +83,10 @@ class ZClipOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         """Load what `state_dict` returned, here or of torchtitan's container: then the statistics start afresh."""
         flat, clipper = list(map(_flat, self.zclip.param_groups)), self.zclip.clipper
         groups = [{key.rpartition(".")[2]: state_dict[key] for key in group if key in state_dict} for group in flat]
-        saved = clipper.parse_groups(groups)
+        saved = from_flat(groups, clipper.config.scope)
         choices(groups)
-        super().load_state_dict({**ChainMap(*flat), **state_dict})
-        clipper.restore(saved)
-        clipper.publish(self.zclip.param_groups)
+        with self.zclip._checkpoints.loading(saved):
+            super().load_state_dict({**ChainMap(*flat), **state_dict})
         if self._is_bare:
             clipper.health.warn("bare", "from_bare_checkpoint: the statistics start afresh; take it out from now on")
         self._is_bare = False
