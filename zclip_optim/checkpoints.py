@@ -36,7 +36,7 @@ class Checkpoints:
         self._are_told = True  # the hooks, of a checkpoint that is loaded
         saved = self._found_in(base.param_groups, "start afresh")
         if saved is not None:
-            clipper.restore(saved)
+            clipper._restore(saved)
         publish(clipper, base.param_groups)
         self._listen()
 
@@ -50,7 +50,7 @@ class Checkpoints:
             state_dict = copy.copy(state_dict)
             state_dict[OWN_ENTRY] = self.clipper.state_dict()
         else:  # which no optimizer of torch's kind should do
-            self.clipper.health.warn(
+            self.clipper._health.warn(
                 "unsaved",
                 f"the statistics are not saved: the state_dict() of {type(self.base).__name__} has no param groups and "
                 "is no dict. Save optimizer.clipper.state_dict() beside it",
@@ -82,7 +82,7 @@ class Checkpoints:
             yield
         finally:
             self._are_told = True
-        self.clipper.restore(saved)
+        self.clipper._restore(saved)
         self._write()
 
     def before_load(self, _: int) -> None:
@@ -95,14 +95,14 @@ class Checkpoints:
         """A part has loaded a checkpoint: go on from the statistics in its param groups, if there are any."""
         if not self._are_told:
             return
-        valid = self.clipper.saved_state(len(self.base.param_groups))
+        valid = self.clipper._saved_state(len(self.base.param_groups))
         found = self._found_in(self.parts[part].param_groups, "go on as they were")
         if found is not None and self.clipper.config.scope == "group":
             start = sum(len(other.param_groups) for other in self.parts[:part])
             end = start + len(found.stats)
             found = found._replace(stats=[*valid.stats[:start], *found.stats, *valid.stats[end:]])
         if found is not None and found != valid:
-            self.clipper.restore(found)
+            self.clipper._restore(found)
         self._write()
 
     def _write(self) -> None:
@@ -116,7 +116,7 @@ class Checkpoints:
             return from_flat(param_groups, self.clipper.config.scope)
         except ValueError as error:
             if any(map(_has_counted, param_groups)):
-                self.clipper.health.warn(
+                self.clipper._health.warn(
                     "stale",
                     f"the statistics {otherwise}: those in the param groups of base_optimizer are no whole ({error}). "
                     "A load_state_dict restores those of a checkpoint",
@@ -127,7 +127,7 @@ class Checkpoints:
         """Whether they can be restored from these param groups of a state dict."""
         with contextlib.suppress(ValueError):
             found = from_flat(param_groups, self.clipper.config.scope)
-            return found is not None and found == self.clipper.saved_state(len(param_groups))
+            return found is not None and found == self.clipper._saved_state(len(param_groups))
         return False
 
     def _listen(self) -> None:
@@ -148,7 +148,7 @@ def publish(clipper: ZClip, param_groups: Sequence[dict[str, Any]]) -> None:
     Raises:
         ValueError: a group's ``zclip`` is neither True nor False. Nothing has changed then.
     """
-    flats = itertools.cycle(to_flat(clipper.saved_state(len(param_groups)), clipper.config.scope))
+    flats = itertools.cycle(to_flat(clipper._saved_state(len(param_groups)), clipper.config.scope))
     for group, choice, flat in zip(param_groups, choices(param_groups), flats, strict=False):
         group.update(flat, **{CHOICE: choice})
 

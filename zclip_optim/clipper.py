@@ -58,14 +58,14 @@ class ZClip:
 
     def __init__(self, *, process_group: ProcessGroups = None, **options: Any) -> None:
         self.config = ZClipConfig(**options)
-        self.process_groups = as_groups(process_group)
+        self._process_groups = as_groups(process_group)
         records = fresh_records(None)
-        self.health = Health(self.config, records)
+        self._health = Health(self.config, records)
         self._state: HostState | DeviceState = HostState(records)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ZClip":
         twin = memo[id(self)] = type(self).__new__(type(self))
-        memo.update({id(group): group for group in self.process_groups.in_order})  # process groups are shared
+        memo.update({id(group): group for group in self._process_groups.in_order})  # process groups are shared
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
@@ -85,7 +85,7 @@ class ZClip:
             NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
             ValueError: `process_group` maps parameters that are not among these.
         """
-        self.clip_(as_param_groups(model_or_parameters, self.process_groups))
+        self._clip(as_param_groups(model_or_parameters, self._process_groups))
         return math.hypot(*(record.norm for record in self._wait_for_records()))
 
     def decide(self, norm: float | Tensor) -> Any:
@@ -115,7 +115,7 @@ class ZClip:
         self._step(reported.norms(), reported, new_step=True)
         return reported.factor
 
-    def clip_(self, param_groups: ParamGroups, *, new_step: bool = True, kernels: Kernels | None = None) -> bool:
+    def _clip(self, param_groups: ParamGroups, *, new_step: bool = True, kernels: Kernels | None = None) -> bool:
         """Clip the gradients of param groups in place; whether the optimizer may step.
 
         Args:
@@ -125,26 +125,26 @@ class ZClip:
             kernels: of the optimizer that steps next, to which is left what they can do on an accelerator.
         """
         if torch.compiler.is_compiling():  # else it would be compiled anew for every value of its floats
-            return bool(torch.compiler.disable(self._clip)(param_groups, new_step, kernels))  # type: ignore[no-untyped-call]
-        return self._clip(param_groups, new_step, kernels)
+            return bool(torch.compiler.disable(self._clip_now)(param_groups, new_step, kernels))  # type: ignore[no-untyped-call]
+        return self._clip_now(param_groups, new_step, kernels)
 
-    def _clip(self, param_groups: ParamGroups, new_step: bool, kernels: Kernels | None) -> bool:
+    def _clip_now(self, param_groups: ParamGroups, new_step: bool, kernels: Kernels | None) -> bool:
         gradients = self._gradients_of(param_groups)
         try:
             norms = gradients.norms()
         except (RuntimeError, TypeError) as error:
             refuse_unmeasurable(gradients.param_groups, error)
             raise
-        if (self.health.missing or not any(gradients.local)) and new_step:
-            self.health.count_missing(gradients.are_missing(norms))
+        if (self._health.missing or not any(gradients.local)) and new_step:
+            self._health.count_missing(gradients.are_missing(norms))
         if kernels is None or gradients.device is None:
             return self._step(norms, gradients, new_step, gradients)
         return self._step(norms, KernelScaler(gradients, kernels), new_step)
 
     def _gradients_of(self, param_groups: ParamGroups) -> Gradients:
-        gradients = gradients_of(param_groups, self.config.scope, self.process_groups)
+        gradients = gradients_of(param_groups, self.config.scope, self._process_groups)
         if not gradients.are_all_here:
-            refuse_unknown_shards(itertools.chain(*gradients.scopes), self.process_groups)
+            refuse_unknown_shards(itertools.chain(*gradients.scopes), self._process_groups)
         return gradients
 
     def _step(self, norms: Any, scaler: Scaler, new_step: bool, gradients: Gradients | None = None) -> bool:
@@ -156,7 +156,7 @@ class ZClip:
         else:
             if verdict.coefs != state.unscaled:
                 scaler.scale_(verdict.coefs)
-            self.health.check(state.records, gradients)
+            self._health.check(state.records, gradients)
             may_step = not verdict.skip
         if not may_step:
             self._raise_if_told_to(norms, scaler)
@@ -195,14 +195,14 @@ class ZClip:
         if state.device != device or state.n_scopes != n_scopes:
             records = self._wait_for_records_of(n_scopes)
             state = self._state = HostState(records) if device is None else DeviceState(records, device)
-            self.health.go_on_from(records)
+            self._health.go_on_from(records)
         return state
 
     def _wait_for_records(self) -> list[StepRecord]:
         """The records of the last step. On an accelerator this waits for it, once, and is when warnings are given."""
         refuse_meta(self._state.device)
         records = self._state.read()
-        self.health.check_when_read(records)
+        self._health.check_when_read(records)
         return records
 
     def _wait_for_records_of(self, n_scopes: int) -> list[StepRecord]:
@@ -230,7 +230,7 @@ class ZClip:
     def norms_by_parameter(self, model_or_parameters: Parameters, limit: int | None = 10) -> list[ParameterNorm]:
         """As `ZClipOptimizer.norms_by_parameter`, of what `step` takes; those of a module have its names."""
         refuse_unless_count("limit", limit)
-        gradients = self._gradients_of(as_param_groups(model_or_parameters, self.process_groups))
+        gradients = self._gradients_of(as_param_groups(model_or_parameters, self._process_groups))
         return ranked(gradients.norms_by_parameter(), limit)
 
     def state_dict(self) -> dict[str, Any]:
@@ -243,29 +243,24 @@ class ZClip:
         Raises:
             ValueError: the state is malformed; names the key. Nothing has changed then.
         """
-        self.restore(from_state_dict(state_dict, self.config.scope))
+        self._restore(from_state_dict(state_dict, self.config.scope))
 
-    def restore(self, saved: SavedState | None) -> None:
+    def _restore(self, saved: SavedState | None) -> None:
         """Take over a parsed state; None starts afresh."""
         records = fresh_records(saved)
         if len(records) == self._state.n_scopes:
             self._state.write(records)
         else:
             self._state = HostState(records)
-        self.health.restart(records)
+        self._health.restart(records)
 
-    def saved_state(self, n_groups: int) -> SavedState:
+    def _saved_state(self, n_groups: int) -> SavedState:
         """What a checkpoint of so many param groups has."""
         return SavedState.of(self._wait_for_records_of(max(1, n_groups) if self.config.scope == "group" else 1))
 
 
 def as_param_groups(model_or_parameters: Any, process_groups: ShardGroups) -> ParamGroups:
-    """A model, parameters or param groups as param groups, those of FSDP1 with the groups that hold their shards.
-
-    Raises:
-        TypeError: there is something else among them.
-        ValueError: see `refuse_parameters_of_others`.
-    """
+    """What `ZClip.step` takes as param groups, those of FSDP1 with the groups that hold their shards."""
     if isinstance(model_or_parameters, nn.Module):
         named = dict(model_or_parameters.named_parameters())
         known = groups_in_model(model_or_parameters, process_groups) if in_use() else {}

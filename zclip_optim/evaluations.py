@@ -44,7 +44,7 @@ class Evaluations:
             return skipped.loss
         if not step.evaluations:
             name = type(base).__name__
-            self.clipper.health.warn(
+            self.clipper._health.warn(
                 "closure", f"{name} did not call the closure that its step() was given, so nothing was clipped there"
             )
         # LBFGS moves nothing in a step that finds it at the minimum.
@@ -94,7 +94,7 @@ class _Step:
         is_first, groups = not self.evaluations, self.base.param_groups
         self.evaluations += 1
         try:
-            if self.clipper.clip_(groups, new_step=is_first, kernels=self.kernels):
+            if self.clipper._clip(groups, new_step=is_first, kernels=self.kernels):
                 return True
         except NonFiniteGradientError as error:
             self.error = error
@@ -114,7 +114,7 @@ class _Step:
         if must_go_back and start is not None:
             start.put_back()
         elif must_go_back:
-            self.clipper.health.warn(
+            self.clipper._health.warn(
                 "moved",
                 f"a NaN or infinite norm met {type(self.base).__name__} where it had moved the parameters to, for a "
                 "further evaluation; it had not done so before, or was copied in the middle of the step, so there is "

@@ -154,8 +154,8 @@ class ZClipOptimizer(Optimizer):
         self.clipper = ZClip(**options)
         for part in parts:
             refuse_foreign_gradients(part, self._params())
-        refuse_unknown_shards(self.param_groups, self.clipper.process_groups)
-        refuse_parameters_of_others(self.clipper.process_groups, self._params())
+        refuse_unknown_shards(self.param_groups, self.clipper._process_groups)
+        refuse_parameters_of_others(self.clipper._process_groups, self._params())
         # Not Optimizer.__init__, which would, through the properties below, empty the base optimizer.
         self._make_hook_dicts()
         self._has_stepped = False  # or was asked to, in this process
@@ -290,12 +290,12 @@ class ZClipOptimizer(Optimizer):
         with Kernels(self.parts) as kernels:
             if closure is not None:
                 return self._evaluations.step(base, closure, kernels)
-            return base.step() if self.clipper.clip_(base.param_groups, kernels=kernels) else None
+            return base.step() if self.clipper._clip(base.param_groups, kernels=kernels) else None
 
     def _look_at_first_step(self) -> None:
         """What may have been done to the parameters since they were wrapped."""
         refuse_flat_shards(self._params(), self._dimensions)
-        refuse_parameters_of_others(self.clipper.process_groups, self._params())
+        refuse_parameters_of_others(self.clipper._process_groups, self._params())
         self._has_stepped = True
 
     def _take_stage(self, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from zclip_optim.algorithm import Decision, NormStats, Scalar
 
-VERSION = 1
+VERSION = 2  # counts of spikes and of clipped steps; version 1 had one of spikes, called clipped_steps
 LARGEST_COUNT = 2**63 - 1
 OTHER_SCOPE = " (statistics of one scope mean nothing to the other; without the zclip_ keys they start afresh)"
 
@@ -181,9 +181,11 @@ def _parse_group(group: Mapping[str, Any], index: int, scope: str) -> tuple[Norm
     def count(name: str) -> int:
         return int(take(name, _is_count, "an integer >= 0"))
 
-    take("version", lambda v: _is_count(v) and v == VERSION, f"{VERSION}, the version that this zclip_optim reads")
+    version = take("version", lambda v: _is_count(v) and 1 <= v <= VERSION, f"1 to {VERSION}, which this one reads")
     take("scope", lambda v: isinstance(v, str) and v == scope, f"{scope!r} as here{OTHER_SCOPE}")
-    stats = NormStats(number("mean"), number("var"), count("step"), count("streak"), count("clipped_steps"))
+    clipped_steps = count("clipped_steps")
+    spike_steps = count("spike_steps") if version > 1 else clipped_steps
+    stats = NormStats(number("mean"), number("var"), count("step"), count("streak"), spike_steps, clipped_steps)
     return stats, Counters(*(count(name) for name in Counters._fields))
 
 

@@ -146,13 +146,14 @@ def test_nested_state_dicts_resume():
 
 
 MALFORMED = {
-    "zclip_version": [2, 0, -1, "1", None, 1.0, True],
+    "zclip_version": [3, 0, -1, "1", None, 1.0, True],
     "zclip_scope": ["group", "", None, 3],
     "zclip_mean": [math.nan, math.inf, -1.0, "1", None, True, [1.0], 10**400],
     "zclip_var": [math.nan, -1e-9, "x", None, torch.ones(2)],
     "zclip_step": [-1, 1.5, 3.0, "3", None, True, 2**70],
     "zclip_streak": [-1, 0.0, None],
-    "zclip_clipped_steps": [-1, "0"],
+    "zclip_spike_steps": [-1, "0"],
+    "zclip_clipped_steps": [-1, 2.0],
     "zclip_skipped_steps": [-1, None],
     "zclip_nonfinite_streak": [-1, math.nan],
 }
@@ -175,6 +176,28 @@ def test_a_malformed_checkpoint_is_refused_by_key_and_changes_nothing(key, value
         optimizer.load_state_dict(saved)
     assert repr(optimizer.state_dict()) == before
     assert optimizer.metrics == metrics
+
+
+@pytest.mark.parametrize("scope", ["global", "group"])
+def test_a_checkpoint_of_version_1_loads(scope):
+    """It had one count, of spikes, called clipped_steps: as many steps at least were clipped."""
+    model = make_model()
+    optimizer = ZClipOptimizer(adamw(model), scope=scope)
+    train(model, optimizer, range(60), OUTLIERS)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        group["zclip_version"], group["zclip_clipped_steps"] = 1, group.pop("zclip_spike_steps")
+    other_model = make_model()
+    other = ZClipOptimizer(adamw(other_model), scope=scope)
+    other.load_state_dict(through_disk(saved))
+    assert other.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    other_model.load_state_dict(model.state_dict())
+    train(model, optimizer, range(60, 90), [70])
+    train(other_model, other, range(60, 90), [70])
+    assert other.metrics == optimizer.metrics
+    saved["param_groups"][0]["zclip_clipped_steps"] = -1
+    with pytest.raises(ValueError, match="zclip_clipped_steps"):
+        other.load_state_dict(saved)
 
 
 def test_groups_that_contradict_each_other_are_refused():

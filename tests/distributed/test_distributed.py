@@ -462,7 +462,7 @@ def check_refusals_and_copies(rank):
     with pytest.raises(ValueError, match=r"pass process_group=model\.process_group.* \(process_group=\(\)"):
         ZClipOptimizer(torch.optim.SGD([p], lr=0.1))
     optimizer = ZClipOptimizer(torch.optim.SGD([p], lr=0.1), process_group=dist.group.WORLD)
-    assert copy.deepcopy(optimizer).clipper.process_groups.of_all == (dist.group.WORLD,)
+    assert copy.deepcopy(optimizer).clipper._process_groups.of_all == (dist.group.WORLD,)
     p.grad = torch.ones(3)
     with pytest.raises(ValueError, match=r"pass process_group"):
         ZClip().step([p])

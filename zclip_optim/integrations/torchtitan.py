@@ -67,7 +67,7 @@ class ZClipOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         if norm == 0:
             raise ValueError(f"all gradients are 0 at the first step: {CLIPS_FIRST}, and 0 zeroes the gradients")
         if math.isclose(norm, 1.0, rel_tol=1e-4):
-            self.zclip.clipper.health.warn(CLIPPED_BEFORE, f"the first gradient norm is {norm:.4f}: {CLIPS_FIRST}")
+            self.zclip.clipper._health.warn(CLIPPED_BEFORE, f"the first gradient norm is {norm:.4f}: {CLIPS_FIRST}")
 
     def state_dict(self) -> dict[str, Any]:
         """As torchtitan's, with the statistics for every parameter."""
@@ -88,7 +88,7 @@ class ZClipOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         with self.zclip._checkpoints.loading(saved):
             super().load_state_dict({**ChainMap(*flat), **state_dict})
         if self._is_bare:
-            clipper.health.warn("bare", "from_bare_checkpoint: the statistics start afresh; take it out from now on")
+            clipper._health.warn("bare", "from_bare_checkpoint: the statistics start afresh; take it out from now on")
         self._is_bare = False
 
 
