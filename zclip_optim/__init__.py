@@ -7,8 +7,8 @@
 """
 
 from zclip_optim.algorithm import NormStats, ZClipConfig, decide
-from zclip_optim.clipper import NonFiniteGradientError, ZClip
-from zclip_optim.health import ZClipWarning
+from zclip_optim.clipper import ZClip
+from zclip_optim.health import NonFiniteGradientError, ZClipWarning
 from zclip_optim.metrics import ClipMetrics, ParameterNorm
 from zclip_optim.optimizer import ZClipOptimizer
 

@@ -152,13 +152,15 @@ class NormStats(NamedTuple):
 
     mean, var: mu (gradient-norm units) and sigma^2 (squared); averages whose window grows with the run, in warm-up or
         with `lookback`, then exponential ones.
-    step: finite, non-zero norms seen. streak: consecutive spikes up to now. clipped_steps: all spikes up to now.
+    step: finite, non-zero norms seen. streak: consecutive spikes up to now. spike_steps: all spikes up to now.
+    clipped_steps: all steps so far whose gradients were scaled, for a spike or by `max_grad_norm`.
     """
 
     mean: Scalar = 0.0
     var: Scalar = 0.0
     step: Scalar = 0
     streak: Scalar = 0
+    spike_steps: Scalar = 0
     clipped_steps: Scalar = 0
 
 
@@ -218,10 +220,13 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
     entering = g_star
     if config.lookback is not None:
         # what is common is no anomaly:   x = mu + z_thresh sigma, so that the spread grows until it is inside
-        many = COMMON * (stats.clipped_steps + 1) > stats.step - config.warmup_steps + FEW
+        many = COMMON * (stats.spike_steps + 1) > stats.step - config.warmup_steps + FEW
         common = is_spike & growing & many
         entering = where(common, mean + config.z_thresh * std, g_star)
-    after = _updated(entering, is_spike, growing, window, stats, config, where)
+    new_mean, new_var = _updated(entering, is_spike, growing, window, stats, config, where)
+    _, _, step, streak, spikes, clipped_steps = stats
+    streak = (streak + 1) * is_spike
+    after = NormStats(new_mean, new_var, step + 1, streak, spikes + is_spike, clipped_steps + (capped < g))
     limit, z_score = where(is_spike, threshold, ordinary), where(warm, z, math.nan)
     too_far = is_spike & (z > config.z_skip) & (stats.streak < SKIPS_IN_A_ROW) if config.z_skip is not None else False
     clipped = Decision(capped / g, capped, limit, z_score, is_spike, too_far, after)
@@ -259,8 +264,9 @@ def _updated(
     stats: NormStats,
     config: ZClipConfig,
     where: Where,
-) -> NormStats:
-    mean, var, step, streak, clipped_steps = stats
+) -> tuple[Scalar, Scalar]:
+    """Mean and variance of the next step."""
+    mean, var, _, streak, *_ = stats
     new_mean, new_var = _averaged(x, growing, window, stats, config, where)
     if config.patience is not None:
         # from the 11th spike in a row on:   sigma^2 <- max(sigma^2, what the update gives)
@@ -271,7 +277,7 @@ def _updated(
         # from the spike after `patience` in a row on:   mu <- 2^(1/1000) mu,   sigma <- 2^(1/1000) sigma
         rising = is_spike & (streak >= config.patience)
         new_mean, new_var = where(rising, RISE * mean, new_mean), where(rising, RISE**2 * var, new_var)
-    return NormStats(new_mean, new_var, step + 1, (streak + 1) * is_spike, clipped_steps + is_spike)
+    return new_mean, new_var
 
 
 def _averaged(

@@ -1,4 +1,4 @@
-"""What a ZClipOptimizer cannot wrap, and the sentences that say what to do instead.
+"""What is refused, by a ZClipOptimizer or a ZClip, and the sentences that say what to do instead.
 
 Clipping before an optimizer's step() takes gradients that lie in `p.grad` by then, as the step will use them, and a
 step that is taken when it is called. Trainers hand out optimizers of which one or the other is not true. They are known
@@ -7,11 +7,20 @@ by the names of their classes, so that no package is imported for it, also where
 
 import difflib
 import inspect
-import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+
+from zclip_optim.gradients import ParamGroups, named_gradients
+from zclip_optim.layout import ShardGroups, in_use, is_on_mesh
+from zclip_optim.norm import gradient_norm, is_ordinary
 
 INTERFACE = ("param_groups", "step", "zero_grad", "state_dict", "load_state_dict")
 
@@ -27,6 +36,8 @@ class Foreign(NamedTuple):
 
 LATE = "may do nothing, or make or unscale the gradients first"
 FIRST = "Wrap first, then prepare: "
+NOT_SEEN = "keeps the gradients in buffers of its own, so their norm cannot be seen here"
+ON_DEEPSPEED = "zclip_optim.integrations.deepspeed.attach(engine)"
 CALLBACK = "zclip_optim.integrations.lightning.ZClipCallback"
 FOREIGN = (
     Foreign(
@@ -79,8 +90,13 @@ FOREIGN = (
     ),
 )
 
-UPDATES = re.compile(r"step_.+|.+_step|fused_backward|fused_back_pass")  # methods that stand in for step()
-QUESTIONS = re.compile(r"(get|has|is|set|init|reset|validate|load|save|log)_.+|step_(size|count).*")  # that do not
+UPDATES = {  # methods of known optimizers that update parameters, all or one, and are not step()
+    "fused_backward",  # LOMO's and AdaLOMO's, which use the gradients up within backward
+    "fused_back_pass",
+    "step_param",  # of those that step one parameter as soon as it has its gradient
+    "step_parameter",
+    "update_step",  # bitsandbytes'
+}
 
 
 def check_base_optimizer(base_optimizer: Any, wrapper: type) -> None:
@@ -100,7 +116,7 @@ def check_base_optimizer(base_optimizer: Any, wrapper: type) -> None:
     if missing:  # not isinstance: ScheduleFreeWrapper, for one, is an optimizer without torch's base class
         kind = type(base_optimizer).__name__
         raise TypeError(f"base_optimizer must be an optimizer, got {kind}, which has no {', '.join(missing)}")
-    for optimizer in _with_those_inside(base_optimizer):
+    for optimizer in with_those_inside(base_optimizer):
         reason = _why_not(optimizer, wrapper)
         if reason:
             raise TypeError(f"base_optimizer {'is' if optimizer is base_optimizer else 'holds'} {reason}")
@@ -108,7 +124,7 @@ def check_base_optimizer(base_optimizer: Any, wrapper: type) -> None:
         raise ValueError("base_optimizer must not have differentiable=True: clipping writes to the gradients in place")
 
 
-def _with_those_inside(optimizer: Any) -> list[Any]:
+def with_those_inside(optimizer: Any) -> list[Any]:
     """An optimizer and those that it holds, as attributes or in a list or dict that is one."""
     found = [optimizer]
     for holder in found:  # which grows meanwhile
@@ -195,8 +211,133 @@ def refuse_unclipped_update(name: str, value: Any) -> None:
     Raises:
         AttributeError: it is one; so code that asks with `hasattr` goes on with step().
     """
-    if inspect.ismethod(value) and UPDATES.fullmatch(name) and not QUESTIONS.fullmatch(name):
+    if name in UPDATES and inspect.ismethod(value):
         raise AttributeError(
             f"{name} of {type(value.__self__).__name__} updates parameters without step(), where nothing would be "
             f"clipped: use step(), or base_optimizer.{name} to go without clipping"
         )
+
+
+def refuse_unknown_shards(param_groups: Iterable[Mapping[str, Any]], process_groups: ShardGroups) -> None:
+    """Refuse shards of parameters if nothing is known about the other ones: the norm would be wrong.
+
+    Raises:
+        ValueError: there are parameters of FSDP1, and no process group was given; or, in a distributed run, experts
+            (plain tensors with `allreduce` False, as Megatron and DeepSpeed mark them) that no mapping covers, and
+            process_group is not ().
+    """
+    for group in param_groups if process_groups.of_all != () else ():
+        # One look at the attributes of each parameter, in a pass that every step of a distributed run takes.
+        marked = [
+            p for p in group["params"] if (own := p.__dict__) and ("_fsdp_flattened" in own or "allreduce" in own)
+        ]
+        known = process_groups.of_each(group) if marked else {}
+        _refuse_unknown_shards([p for p in marked if p not in known], process_groups)
+
+
+def _refuse_unknown_shards(marked: list[Tensor], process_groups: ShardGroups) -> None:
+    if process_groups.of_all is None and any(getattr(p, "_fsdp_flattened", False) for p in marked):
+        raise ValueError(
+            "these are FSDP's shards of parameters: pass process_group=model.process_group so that the norm covers "
+            "all of them (process_group=() for ShardingStrategy.NO_SHARD)"
+        )
+    experts = [p for p in marked if getattr(p, "allreduce", None) is False and not is_on_mesh(p)]
+    if experts and in_use() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"a parameter of shape {tuple(experts[0].shape)} has allreduce=False, the mark of an expert, and "
+            "process_group does not say which ranks hold the other ones: pass process_group={group: parameters}, the "
+            "experts and the group of ranks over which they are distributed (process_group=() if every rank holds all "
+            "of them)"
+        )
+
+
+def refuse_parameters_of_others(groups: ShardGroups, params: Iterable[Tensor]) -> None:
+    """Refuse a mapping with parameters that are not among these: nothing would be summed over their groups.
+
+    Raises:
+        ValueError: there is such a parameter, and it requires gradients.
+    """
+    held = set(params) if groups.of_some else set()
+    others = [p for p in groups.of_some if p.requires_grad and p not in held]
+    if others:
+        raise ValueError(
+            f"process_group maps {len(others)} of {len(groups.of_some)} parameters, one of shape "
+            f"{tuple(others[0].shape)}, that are not among those to be clipped: of another model, or replaced since? "
+            "Pass the parameters that the optimizer holds"
+        )
+
+
+def refuse_foreign_gradients(base_optimizer: object, params: Iterable[Tensor]) -> None:
+    """Refuse what keeps its gradients elsewhere than in `p.grad`, where no wrapper sees them.
+
+    Raises:
+        ValueError: an optimizer or parameters of DeepSpeed ZeRO or Megatron.
+    """
+    package, _, module = type(base_optimizer).__module__.partition(".")
+    params = list(params)
+    if (package == "deepspeed" and not module.startswith("ops.")) or any(hasattr(p, "ds_id") for p in params):
+        owner, instead = "DeepSpeed ZeRO", ON_DEEPSPEED
+    elif package == "megatron" or any(hasattr(p, "main_grad") for p in params):
+        owner, instead = "Megatron", "zclip_optim.integrations.megatron.attach(optimizer)"
+    else:
+        return
+    raise ValueError(f"{owner} {NOT_SEEN}: use {instead} with the optimizer unwrapped")
+
+
+def most_dimensions(params: Iterable[Tensor]) -> int:
+    """The dimensions of the parameter that has the most; 0 for those of lazy modules, which have none yet."""
+    return max((0 if is_lazy(p) else p.dim() for p in params), default=0)
+
+
+def refuse_flat_shards(params: Iterable[Tensor], dimensions: int) -> None:
+    """Refuse what DeepSpeed has put into an optimizer in place of the parameters that it was made with.
+
+    Args:
+        params: of the optimizer at its first step.
+        dimensions: `most_dimensions` of those that it was made with.
+
+    Raises:
+        ValueError: DeepSpeed is loaded, and there are flat parameters only where there were others.
+    """
+    if "deepspeed" in sys.modules and most_dimensions(params) == 1 < dimensions:
+        raise ValueError(
+            f"DeepSpeed has replaced the parameters by flat shards and {NOT_SEEN}. Hand deepspeed.initialize the "
+            f"optimizer without ZClipOptimizer, then call {ON_DEEPSPEED}"
+        )
+
+
+def refuse_unmeasurable(param_groups: ParamGroups, error: Exception) -> None:
+    """Name the gradient that torch cannot measure, if that is why measuring failed.
+
+    Raises:
+        TypeError: there is such a gradient.
+    """
+    for name, _, gradient in named_gradients(param_groups):
+        if is_ordinary(gradient) and type(gradient) is Tensor:
+            continue
+        try:
+            gradient_norm([gradient])
+        except (RuntimeError, TypeError):
+            raise TypeError(
+                f"the norm of the gradient of {name} cannot be measured: a {type(gradient).__name__} of layout "
+                f"{gradient.layout} and dtype {gradient.dtype} ({error})"
+            ) from error
+
+
+def refuse_meta(device: torch.device | None) -> None:
+    """Refuse to read from a device where nothing has a value.
+
+    Raises:
+        RuntimeError: it is the meta device.
+    """
+    if device is not None and device.type == "meta":
+        raise RuntimeError(
+            "the parameters are on the meta device, where they and their gradients have no values. Give the model its "
+            "values (to_empty, load_state_dict), then make the optimizer and wrap it: to_empty makes new parameters"
+        )
+
+
+def refuse_unless_count(name: str, value: Any) -> None:
+    """Raise ValueError for an argument that is neither None nor an integer >= 1."""
+    if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1):
+        raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")

@@ -1,25 +1,30 @@
 """ZClip: measure, decide, apply; state in and out."""
 
 import copy
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zclip_optim.algorithm import NormStats, Scalar, ZClipConfig
-from zclip_optim.distributed import Parameters, ProcessGroups, as_groups, as_param_groups, gradients_of
-from zclip_optim.fused import Kernels
-from zclip_optim.gradients import CHOICE, Gradients, ParamGroups, ReportedNorm, choices, refuse_unmeasurable
-from zclip_optim.health import Health
+from zclip_optim.checks import (
+    refuse_meta,
+    refuse_parameters_of_others,
+    refuse_unknown_shards,
+    refuse_unless_count,
+    refuse_unmeasurable,
+)
+from zclip_optim.fused import Kernels, KernelScaler
+from zclip_optim.gradients import Gradients, ParamGroups, ReportedNorm, Scaler
+from zclip_optim.health import Health, NonFiniteGradientError
+from zclip_optim.layout import SHARD_GROUPS, ShardGroups, gradients_of, in_use
 from zclip_optim.metrics import ClipMetrics, ParameterNorm, combine, ranked
-from zclip_optim.running import DeviceState, HostState, Verdict, refuse_meta
-from zclip_optim.state import Counters, SavedState, StepRecord, fresh_records, from_flat, to_flat
-
-
-class NonFiniteGradientError(FloatingPointError):
-    """The gradient norm was NaN or infinite, and `nonfinite` or `max_consecutive_nonfinite` says to stop."""
+from zclip_optim.process_groups import Parameters, ProcessGroups, as_groups, as_list, groups_in_model, kinds_of_others
+from zclip_optim.running import DeviceState, HostState, Verdict
+from zclip_optim.state import SavedState, StepRecord, fresh_records, from_state_dict, to_flat
 
 
 class ZClip:
@@ -34,8 +39,6 @@ class ZClip:
 
     Attributes:
         config: the validated hyperparameters.
-        metrics: `ClipMetrics` of the last step.
-        step_was_skipped: whether the optimizer must not step: the last norm was NaN or infinite, or above `z_skip`.
 
     Example:
         >>> model, clipper = torch.nn.Linear(2, 1), ZClip(warmup_steps=2)
@@ -55,14 +58,14 @@ class ZClip:
 
     def __init__(self, *, process_group: ProcessGroups = None, **options: Any) -> None:
         self.config = ZClipConfig(**options)
-        self.process_groups = as_groups(process_group)
-        records = fresh_records(SavedState([NormStats()], Counters()))
-        self.health = Health(self.config, records)
+        self._process_groups = as_groups(process_group)
+        records = fresh_records(None)
+        self._health = Health(self.config, records)
         self._state: HostState | DeviceState = HostState(records)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ZClip":
         twin = memo[id(self)] = type(self).__new__(type(self))
-        memo.update({id(group): group for group in self.process_groups.in_order})  # process groups are shared
+        memo.update({id(group): group for group in self._process_groups.in_order})  # process groups are shared
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
@@ -82,7 +85,7 @@ class ZClip:
             NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
             ValueError: `process_group` maps parameters that are not among these.
         """
-        self.clip_(as_param_groups(model_or_parameters, self.process_groups))
+        self._clip(as_param_groups(model_or_parameters, self._process_groups))
         return math.hypot(*(record.norm for record in self._wait_for_records()))
 
     def decide(self, norm: float | Tensor) -> Any:
@@ -109,64 +112,59 @@ class ZClip:
                 f"decide() takes the norm of all gradients: scope must be 'global', not {self.config.scope!r}"
             )
         reported = ReportedNorm(norm)
-        self._step(reported, reported.norms(), True, reported)
+        self._step(reported.norms(), reported, new_step=True)
         return reported.factor
 
-    def clip_(self, param_groups: ParamGroups, *, new_step: bool = True, kernels: Kernels | None = None) -> bool:
-        """Clip the gradients of param groups in place.
+    def _clip(self, param_groups: ParamGroups, *, new_step: bool = True, kernels: Kernels | None = None) -> bool:
+        """Clip the gradients of param groups in place; whether the optimizer may step.
 
         Args:
             param_groups: as in an optimizer.
             new_step: False for a further evaluation within the same step (a closure called again): it is clipped by the
                 statistics that this step began with and changes neither them nor the metrics.
-            kernels: of the optimizer that steps next. What they can do on an accelerator, scale the gradients and skip,
-                is left to them.
-
-        Returns:
-            Whether the optimizer may step.
-
-        Raises:
-            NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
-            TypeError: a gradient cannot be measured; names the parameter. Nothing has changed then.
+            kernels: of the optimizer that steps next, to which is left what they can do on an accelerator.
         """
         if torch.compiler.is_compiling():  # else it would be compiled anew for every value of its floats
-            return bool(torch.compiler.disable(self._clip)(param_groups, new_step, kernels))  # type: ignore[no-untyped-call]
-        return self._clip(param_groups, new_step, kernels)
+            return bool(torch.compiler.disable(self._clip_now)(param_groups, new_step, kernels))  # type: ignore[no-untyped-call]
+        return self._clip_now(param_groups, new_step, kernels)
 
-    def _clip(self, param_groups: ParamGroups, new_step: bool, kernels: Kernels | None) -> bool:
-        gradients = gradients_of(param_groups, self.config.scope, self.process_groups)
+    def _clip_now(self, param_groups: ParamGroups, new_step: bool, kernels: Kernels | None) -> bool:
+        gradients = self._gradients_of(param_groups)
         try:
             norms = gradients.norms()
         except (RuntimeError, TypeError) as error:
             refuse_unmeasurable(gradients.param_groups, error)
             raise
-        if (self.health.missing or not any(gradients.local)) and new_step:
-            self.health.count_missing(gradients.are_missing(norms))
-        return self._step(gradients, norms, new_step, kernels)
+        if (self._health.missing or not any(gradients.local)) and new_step:
+            self._health.count_missing(gradients.are_missing(norms))
+        if kernels is None or gradients.device is None:
+            return self._step(norms, gradients, new_step, gradients)
+        return self._step(norms, KernelScaler(gradients, kernels), new_step)
 
-    def _step(self, gradients: Gradients, norms: Any, new_step: bool, kernels: Any) -> bool:
-        state = self._state_for(gradients.device, len(norms))
+    def _gradients_of(self, param_groups: ParamGroups) -> Gradients:
+        gradients = gradients_of(param_groups, self.config.scope, self._process_groups)
+        if not gradients.are_all_here:
+            refuse_unknown_shards(itertools.chain(*gradients.scopes), self._process_groups)
+        return gradients
+
+    def _step(self, norms: Any, scaler: Scaler, new_step: bool, gradients: Gradients | None = None) -> bool:
+        """Decide on norms and have it carried out; whether the optimizer may step. `gradients` serve the warnings."""
+        state = self._state_for(scaler.device, len(norms))
         verdict = state.step(norms, self.config, new_step)
         if isinstance(state, DeviceState):
-            may_step = self._apply_on_device(verdict, gradients, kernels, state)
+            may_step = self._apply_on_device(verdict, scaler, state)
         else:
             if verdict.coefs != state.unscaled:
-                gradients.scale_(verdict.coefs)
-            self.health.check(state.records, gradients)
+                scaler.scale_(verdict.coefs)
+            self._health.check(state.records, gradients)
             may_step = not verdict.skip
         if not may_step:
-            # Whether a rank gets here with kernels of its own depends on what it has read before: no collective then.
-            ask_others = not (kernels and kernels.scale_themselves and self.config.nonfinite == "skip")
-            self._raise_if_told_to(norms, gradients, ask_others)
+            self._raise_if_told_to(norms, scaler)
         return may_step
 
-    def _apply_on_device(
-        self, verdict: Verdict, gradients: Gradients, kernels: Kernels | None, state: DeviceState
-    ) -> bool:
-        """Scale the gradients, or have the kernels do it; whether the optimizer may step."""
-        if not (kernels and gradients.can_be_scaled_one_by_one() and kernels.scale(verdict.coefs)):
-            gradients.scale_(verdict.coefs)
-        if not self.config.can_skip or (kernels and self._may_skip_unseen(state) and kernels.skip(verdict.skip)):
+    def _apply_on_device(self, verdict: Verdict, scaler: Scaler, state: DeviceState) -> bool:
+        scaler.scale_(verdict.coefs)
+        if not self.config.can_skip or (self._may_skip_unseen(state) and scaler.leaves_out(verdict.skip)):
             return True
         refuse_meta(state.device)
         if verdict.skip.item():  # the one thing that is ever read back in a step
@@ -179,11 +177,12 @@ class ZClip:
         policy, limit = self.config.nonfinite, self.config.max_consecutive_nonfinite or math.inf
         return policy == "pass" or (policy == "skip" and state.last_read[0].nonfinite_streak + 1 < limit)
 
-    def _raise_if_told_to(self, norms: Iterable[Scalar], gradients: Gradients, ask_others: bool) -> None:
+    def _raise_if_told_to(self, norms: Iterable[Scalar], scaler: Scaler) -> None:
         record, limit = self._wait_for_records()[0], self.config.max_consecutive_nonfinite or math.inf
         streak = record.nonfinite_streak
         if record.failed and (self.config.nonfinite == "raise" or streak >= limit):
-            where = gradients.describe_nonfinite(ask_others=ask_others)
+            # Whether a rank gets here with kernels of its own depends on what it has read before: no collective then.
+            where = scaler.describe_nonfinite(ask_others=not (scaler.acts_later and self.config.nonfinite == "skip"))
             raise NonFiniteGradientError(
                 f"the gradient norm is {math.hypot(*map(float, norms))}, after {record.decision.stats.step} finite "
                 f"steps, for {streak} in a row; gradients with NaN or infinite elements: "
@@ -196,13 +195,14 @@ class ZClip:
         if state.device != device or state.n_scopes != n_scopes:
             records = self._wait_for_records_of(n_scopes)
             state = self._state = HostState(records) if device is None else DeviceState(records, device)
-            self.health.go_on_from(records)
+            self._health.go_on_from(records)
         return state
 
     def _wait_for_records(self) -> list[StepRecord]:
         """The records of the last step. On an accelerator this waits for it, once, and is when warnings are given."""
+        refuse_meta(self._state.device)
         records = self._state.read()
-        self.health.check_when_read(records)
+        self._health.check_when_read(records)
         return records
 
     def _wait_for_records_of(self, n_scopes: int) -> list[StepRecord]:
@@ -229,14 +229,13 @@ class ZClip:
 
     def norms_by_parameter(self, model_or_parameters: Parameters, limit: int | None = 10) -> list[ParameterNorm]:
         """As `ZClipOptimizer.norms_by_parameter`, of what `step` takes; those of a module have its names."""
-        gradients = gradients_of(
-            as_param_groups(model_or_parameters, self.process_groups), self.config.scope, self.process_groups
-        )
+        refuse_unless_count("limit", limit)
+        gradients = self._gradients_of(as_param_groups(model_or_parameters, self._process_groups))
         return ranked(gradients.norms_by_parameter(), limit)
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics as plain Python scalars; hyperparameters are not saved."""
-        return {"groups": [to_flat(record, self.config.scope) for record in self._wait_for_records()]}
+        return {"groups": to_flat(SavedState.of(self._wait_for_records()), self.config.scope)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the statistics that `state_dict` returned. Each kind of `ZClipWarning` can then be given again.
@@ -244,45 +243,34 @@ class ZClip:
         Raises:
             ValueError: the state is malformed; names the key. Nothing has changed then.
         """
-        self.restore(self.parse(state_dict))
+        self._restore(from_state_dict(state_dict, self.config.scope))
 
-    def parse(self, state_dict: Any) -> SavedState:
-        """The state in what `state_dict` returned; raises ValueError if it is malformed."""
-        saved = self.parse_groups(state_dict.get("groups")) if isinstance(state_dict, Mapping) else None
-        if saved is None:
-            raise ValueError("state_dict must be what ZClip.state_dict() returned: a dict with 'groups' of statistics")
-        return saved
-
-    def parse_groups(self, groups: Any) -> SavedState | None:
-        """The state that saved param groups carry, None if they carry none; raises ValueError if it is malformed."""
-        return from_flat(groups, self.config.scope)
-
-    def restore(self, saved: SavedState | None) -> None:
+    def _restore(self, saved: SavedState | None) -> None:
         """Take over a parsed state; None starts afresh."""
-        records = fresh_records(saved or SavedState([NormStats()], Counters()))
+        records = fresh_records(saved)
         if len(records) == self._state.n_scopes:
             self._state.write(records)
         else:
             self._state = HostState(records)
-        self.health.restart(records)
+        self._health.restart(records)
 
-    def publish(self, param_groups: Iterable[dict[str, Any]]) -> None:
-        """Write the state into param groups, from where `parse_groups` reads it after a checkpoint.
+    def _saved_state(self, n_groups: int) -> SavedState:
+        """What a checkpoint of so many param groups has."""
+        return SavedState.of(self._wait_for_records_of(max(1, n_groups) if self.config.scope == "group" else 1))
 
-        Raises:
-            ValueError: a group's ``zclip`` is neither True nor False. Nothing has changed then.
-        """
-        groups = list(param_groups)
-        for group, choice, flat in zip(groups, choices(groups), self._flat(len(groups)), strict=True):
-            group.update(flat, **{CHOICE: choice})
 
-    def is_published_in(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these param groups, of a checkpoint, carry what `publish` writes."""
-        flats = self._flat(len(groups))
-        return bool(groups) and all(flat.items() <= group.items() for group, flat in zip(groups, flats, strict=True))
-
-    def _flat(self, n_groups: int) -> list[dict[str, Any]]:
-        """What each of so many param groups carries."""
-        if self.config.scope == "group":
-            return [to_flat(record, "group") for record in self._wait_for_records_of(n_groups)]
-        return [to_flat(self._wait_for_records()[0], "global")] * n_groups
+def as_param_groups(model_or_parameters: Any, process_groups: ShardGroups) -> ParamGroups:
+    """What `ZClip.step` takes as param groups, those of FSDP1 with the groups that hold their shards."""
+    if isinstance(model_or_parameters, nn.Module):
+        named = dict(model_or_parameters.named_parameters())
+        known = groups_in_model(model_or_parameters, process_groups) if in_use() else {}
+        groups: list[Any] = [{"params": list(named.values()), "param_names": list(named), SHARD_GROUPS: known}]
+    else:
+        items = as_list(model_or_parameters)
+        groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
+        groups = [{**group, "params": as_list(group["params"])} for group in groups]
+        wrong = kinds_of_others(p for group in groups for p in group["params"])
+        if wrong:
+            raise TypeError(f"model_or_parameters must be a module, parameters or param groups, got {wrong} among them")
+    refuse_parameters_of_others(process_groups, (p for group in groups for p in group["params"]))
+    return groups

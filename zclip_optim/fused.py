@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
+from zclip_optim.gradients import Gradients
+
 FUSED = (Adam, AdamW, SGD, Adagrad)
 
 
@@ -58,6 +60,31 @@ class Kernels:
         for optimizer in self.optimizers:
             optimizer.found_inf = found_inf
         return True
+
+
+class KernelScaler:
+    """Gradients that the kernels of the optimizer scale in its step, if they can."""
+
+    def __init__(self, gradients: Gradients, kernels: Kernels) -> None:
+        self.gradients, self.kernels, self.device = gradients, kernels, gradients.device
+
+    def scale_(self, coefs: Any) -> None:
+        """Multiply the gradients by the coefficient of their scope, or have the kernels do it."""
+        if not (self.gradients.can_be_scaled_one_by_one() and self.kernels.scale(coefs)):
+            self.gradients.scale_(coefs)
+
+    def leaves_out(self, flag: Tensor) -> bool:
+        """Whether the kernels do."""
+        return self.kernels.skip(flag)
+
+    @property
+    def acts_later(self) -> bool:
+        """Whether the kernels were told to."""
+        return self.kernels.scale_themselves
+
+    def describe_nonfinite(self, *, ask_others: bool) -> str:
+        """As `Gradients` does."""
+        return self.gradients.describe_nonfinite(ask_others=ask_others)
 
 
 def _is_fused(optimizer: Any) -> bool:

@@ -1,7 +1,7 @@
 """Gradients: where a norm comes from and a coefficient goes to."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from zclip_optim.norm import (
     by_device_and_dtype,
     device_norm,
     gradient_norm,
-    is_ordinary,
     real_values,
     stored_values,
     wide_dtype,
@@ -20,6 +19,31 @@ from zclip_optim.norm import (
 
 ParamGroups: TypeAlias = Sequence[Mapping[str, Any]]
 CHOICE = "zclip"  # the key of a param group that says whether it is clipped
+
+
+class Scaler(Protocol):
+    """What carries out a decision on norms: the gradients, or somebody who has them."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """The accelerator on which the norms and the coefficients stay; None for the CPU."""
+
+    def scale_(self, coefs: Any) -> None:
+        """Multiply the gradients by the coefficient of their scope, or have it done."""
+
+    def leaves_out(self, flag: Any) -> bool:
+        """Whether it sees to it by itself that the step is left out, if `flag`, a tensor, turns out to be true."""
+
+    @property
+    def acts_later(self) -> bool:
+        """Whether what it was told is done after the step of this process, so that nobody has seen the norm yet."""
+
+    def describe_nonfinite(self, *, ask_others: bool) -> str:
+        """The parameters whose gradients hold NaN or infinities; empty if there are none.
+
+        Args:
+            ask_others: whether every rank that has seen a bad norm calls this now, so that they can tell each other.
+        """
 
 
 class Gradients:
@@ -37,6 +61,7 @@ class Gradients:
     """
 
     are_all_here = True
+    acts_later = False
 
     def __init__(self, param_groups: ParamGroups, scope: str) -> None:
         self.param_groups = param_groups
@@ -63,6 +88,10 @@ class Gradients:
         for gradients, coef in zip(self.local, coefs, strict=True):
             if isinstance(coef, Tensor) or coef != 1:
                 scale_gradients_(gradients, coef)
+
+    def leaves_out(self, flag: Any) -> bool:
+        """No: who takes the step must look."""
+        return False
 
     def can_be_scaled_one_by_one(self) -> bool:
         """Whether a kernel, which scales what it is given, may: no gradient is left alone, or would be scaled twice."""
@@ -102,26 +131,25 @@ class Gradients:
         return describe_nonfinite(self.param_groups)
 
 
-class ReportedNorm(Gradients):
-    """The norm of gradients that somebody else has, who scales them and steps or leaves it.
+class ReportedNorm:
+    """The norm of gradients that somebody else has, who scales them, and steps or leaves it.
 
     Args:
         norm: a number, or a tensor of one element.
 
     Attributes:
+        device: the accelerator that a step stays on, that of the norm; None for the CPU.
         factor: for the gradients, once it has been decided.
     """
 
-    scale_themselves = True  # to `ZClip` its owner is like kernels, which are told to skip and not waited for
+    acts_later = True
 
     def __init__(self, norm: float | Tensor) -> None:
-        super().__init__([], "global")
         self.norm, self.factor = norm, 1.0
-        if isinstance(norm, Tensor) and stays_on_device(norm):
-            self.device = norm.device
+        self.device = norm.device if isinstance(norm, Tensor) and stays_on_device(norm) else None
 
     def norms(self) -> Any:
-        """The norm as it was reported."""
+        """The norm as it was reported, as `Gradients.norms` gives them."""
         if self.device is None:
             return [float(self.norm)]
         return torch.as_tensor(self.norm).detach().reshape(1).to(wide_dtype(self.device))
@@ -130,17 +158,13 @@ class ReportedNorm(Gradients):
         """Keep the coefficient."""
         self.factor = coefs[0]
 
-    def can_be_scaled_one_by_one(self) -> bool:
-        """Not here."""
-        return False
+    def leaves_out(self, flag: Any) -> bool:
+        """True: its owner learns of it from `ZClip.step_was_skipped`."""
+        return True
 
     def describe_nonfinite(self, *, ask_others: bool) -> str:
         """That it is not known."""
         return "not known where only a norm is reported"
-
-    def skip(self, flag: Tensor) -> bool:
-        """Its owner learns of it from `ZClip.step_was_skipped`."""
-        return True
 
 
 def choices(param_groups: Iterable[Mapping[str, Any]]) -> list[bool]:
@@ -215,7 +239,7 @@ def describe_nonfinite(param_groups: ParamGroups, limit: int = 10) -> str:
     """
     found = [
         f"{name} {'nested' if p.is_nested else tuple(p.shape)}"
-        for name, p, gradient in _named_gradients(param_groups)
+        for name, p, gradient in named_gradients(param_groups)
         if not real_values(gradient).isfinite().all()
     ]
     more = f" and {len(found) - limit} more" if len(found) > limit else ""
@@ -229,29 +253,11 @@ def named_params(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Mappi
             yield group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]", p, group
 
 
-def _named_gradients(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Tensor]]:
+def named_gradients(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name or position, parameter, and what this process has of its gradient."""
     for name, p, _ in named_params(param_groups):
         if p.grad is not None:
             yield name, p, local_tensor(p.grad)
-
-
-def refuse_unmeasurable(param_groups: ParamGroups, error: Exception) -> None:
-    """Name the gradient that torch cannot measure, if that is why measuring failed.
-
-    Raises:
-        TypeError: there is such a gradient.
-    """
-    for name, _, gradient in _named_gradients(param_groups):
-        if is_ordinary(gradient) and type(gradient) is Tensor:
-            continue
-        try:
-            gradient_norm([gradient])
-        except (RuntimeError, TypeError):
-            raise TypeError(
-                f"the norm of the gradient of {name} cannot be measured: a {type(gradient).__name__} of layout "
-                f"{gradient.layout} and dtype {gradient.dtype} ({error})"
-            ) from error
 
 
 def local_tensor(value: Tensor) -> Tensor:

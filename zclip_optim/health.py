@@ -1,4 +1,4 @@
-"""Warnings about the failures that people meet, each kind once per run and without a word in between."""
+"""The failures that people meet: warnings, each kind once per run and without a word in between, and an error."""
 
 import math
 import os
@@ -29,6 +29,10 @@ HIDDEN = (
 
 class ZClipWarning(UserWarning):
     """Something about the gradients or the settings makes adaptive clipping less useful than it could be."""
+
+
+class NonFiniteGradientError(FloatingPointError):
+    """The gradient norm was NaN or infinite, and `nonfinite` or `max_consecutive_nonfinite` says to stop."""
 
 
 class Health:
@@ -163,12 +167,12 @@ class Health:
     def _check_clip_rate(self, scope: int, new: NormStats, gradients: Gradients | None) -> None:
         """At the end of a window, where the next one starts."""
         start, self._window_starts[scope] = self._window_starts[scope], new
-        steps, clipped = new.step - start.step, new.clipped_steps - start.clipped_steps
+        steps, spikes = new.step - start.step, new.spike_steps - start.spike_steps
         self._check_largest(scope, steps)
-        if clipped > HIGH_CLIP_RATE * steps and CLIP_RATE not in self._said:
+        if spikes > HIGH_CLIP_RATE * steps and CLIP_RATE not in self._said:
             self.warn(
                 CLIP_RATE,
-                f"{clipped} of the last {steps} steps{self._where(scope)} were clipped, at step {new.step}: the "
+                f"{spikes} of the last {steps} steps{self._where(scope)} were clipped, at step {new.step}: the "
                 f"learning rate may be too high, or z_thresh={self.config.z_thresh:.3g} too low for the spread of "
                 f"these norms (mean {new.mean:.4g}, std {new.var**0.5:.4g}); "
                 f"{self._largest_parameters(scope, new, gradients)}{self._advice()}",

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
-from numbers import Integral
 from typing import Any, NamedTuple
 
 from zclip_optim.state import StepRecord
@@ -22,14 +21,17 @@ class ClipMetrics:
         clip_coef: factor applied to every gradient, in (0, 1]; 1 when nothing was clipped.
         mean: running mean of the norm, this step included.
         std: running standard deviation of the norm, this step included.
-        clipped: the step was a spike (a `max_grad_norm` cap alone shows in `clip_coef`).
-        skipped: the wrapped optimizer did not step: with `clipped` for a spike above `z_skip`, without it because the
+        clipped: the gradients were scaled (`clip_coef` < 1), for a spike or by `max_grad_norm`.
+        is_spike: the z-score was above `z_thresh`, after the warm-up.
+        skipped: the wrapped optimizer did not step: with `is_spike` for a spike above `z_skip`, without it because the
             norm was NaN or infinite.
         step: finite, non-zero norms seen.
-        clipped_steps: spikes so far.
+        clipped_steps: steps so far whose gradients were scaled.
+        spike_steps: spikes so far.
         skipped_steps: skipped steps so far.
-        clip_rate: share of the steps after warm-up that were spikes, in [0, 1].
-        consecutive_clipped: spikes in a row up to this step.
+        clip_rate: share of the finite, non-zero norms seen that were scaled, in [0, 1].
+        spike_rate: share of the steps after warm-up that were spikes, in [0, 1].
+        consecutive_spikes: spikes in a row up to this step.
 
     Two of them are equal if all their values are; NaN is equal to NaN here, as both say that there is no number.
 
@@ -43,7 +45,7 @@ class ClipMetrics:
         >>> p.grad = torch.full((4,), 2.0)
         >>> norm = clipper.step(p)
         >>> clipper.metrics.grad_norm, clipper.metrics.clipped_norm, clipper.metrics.clipped
-        (4.0, 1.0, False)
+        (4.0, 1.0, True)
     """
 
     grad_norm: float
@@ -54,18 +56,21 @@ class ClipMetrics:
     mean: float
     std: float
     clipped: bool
+    is_spike: bool
     skipped: bool
     step: int
     clipped_steps: int
+    spike_steps: int
     skipped_steps: int
     clip_rate: float
-    consecutive_clipped: int
+    spike_rate: float
+    consecutive_spikes: int
 
     @classmethod
     def of(cls, record: StepRecord, warmup_steps: int) -> "ClipMetrics":
         """Of one scope."""
         decision, stats = record.decision, record.decision.stats
-        steps = stats.step - warmup_steps  # fewer than were clipped, if it was resumed with a longer warm-up
+        steps = stats.step - warmup_steps  # fewer than the spikes, if it was resumed with a longer warm-up
         return cls(
             grad_norm=record.norm,
             clipped_norm=decision.clipped_norm,
@@ -74,13 +79,16 @@ class ClipMetrics:
             clip_coef=decision.clip_coef,
             mean=stats.mean,
             std=stats.var**0.5,
-            clipped=decision.is_spike,
+            clipped=decision.clip_coef < 1,
+            is_spike=decision.is_spike,
             skipped=record.skipped,
             step=stats.step,
             clipped_steps=stats.clipped_steps,
+            spike_steps=stats.spike_steps,
             skipped_steps=record.counters.skipped_steps,
-            clip_rate=min(1.0, stats.clipped_steps / steps) if steps > 0 else 0.0,
-            consecutive_clipped=stats.streak,
+            clip_rate=stats.clipped_steps / stats.step if stats.step else 0.0,
+            spike_rate=min(1.0, stats.spike_steps / steps) if steps > 0 else 0.0,
+            consecutive_spikes=stats.streak,
         )
 
     def __eq__(self, other: object) -> bool:
@@ -98,20 +106,22 @@ class ClipMetrics:
         return f"ClipMetrics({', '.join(values)})"
 
     def as_dict(self, prefix: str = "zclip/") -> dict[str, float]:
-        """The metrics for a logger, flags and counters as floats too.
+        """The metrics for a logger and for strict JSON, flags and counters as floats too.
 
         Args:
             prefix: put before every name.
 
         Returns:
-            One float for each of the names above; NaN and infinity where there is no number, as in warm-up.
+            One finite float for each of the names above. What is no number is left out: threshold and z-score in
+            warm-up, norms that are NaN or infinite, and all that is not known before the first step.
 
         Example:
             >>> from zclip_optim import ZClip
-            >>> ZClip().metrics.as_dict("train/")["train/clip_coef"]
-            1.0
+            >>> metrics = ZClip().metrics.as_dict("train/")
+            >>> metrics["train/clip_coef"], "train/grad_norm" in metrics
+            (1.0, False)
         """
-        return {prefix + name: float(value) for name, value in asdict(self).items()}
+        return {prefix + name: float(value) for name, value in asdict(self).items() if math.isfinite(value)}
 
 
 def combine(groups: Sequence[ClipMetrics]) -> ClipMetrics:
@@ -125,12 +135,15 @@ def combine(groups: Sequence[ClipMetrics]) -> ClipMetrics:
         mean=math.nan,
         std=math.nan,
         clipped=any(m.clipped for m in groups),
+        is_spike=any(m.is_spike for m in groups),
         skipped=groups[0].skipped,
         step=max(m.step for m in groups),
         clipped_steps=max(m.clipped_steps for m in groups),
+        spike_steps=max(m.spike_steps for m in groups),
         skipped_steps=groups[0].skipped_steps,
         clip_rate=max(m.clip_rate for m in groups),
-        consecutive_clipped=max(m.consecutive_clipped for m in groups),
+        spike_rate=max(m.spike_rate for m in groups),
+        consecutive_spikes=max(m.consecutive_spikes for m in groups),
     )
 
 
@@ -155,12 +168,7 @@ class ParameterNorm(NamedTuple):
 
 
 def ranked(norms: Sequence[tuple[str, float]], limit: int | None) -> list[ParameterNorm]:
-    """The first `limit` of parameters: those whose norm is not finite before the others, the largest first.
-
-    Raises:
-        ValueError: `limit` is neither None nor an integer >= 1.
-    """
-    refuse_unless_count("limit", limit)
+    """The first `limit` of parameters: those whose norm is not finite before the others, the largest first."""
     largest = max((norm for _, norm in norms if math.isfinite(norm)), default=0.0) or 1.0  # whose square may overflow
     total = math.fsum((norm / largest) ** 2 for _, norm in norms if math.isfinite(norm)) or 1.0
     found = [
@@ -169,9 +177,3 @@ def ranked(norms: Sequence[tuple[str, float]], limit: int | None) -> list[Parame
     ]
     found.sort(key=lambda each: each.norm if math.isfinite(each.norm) else math.inf, reverse=True)
     return found[:limit]
-
-
-def refuse_unless_count(name: str, value: Any) -> None:
-    """Raise ValueError for an argument that is neither None nor an integer >= 1."""
-    if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1):
-        raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")

@@ -1,35 +1,33 @@
 """ZClipOptimizer: torch's optimizer contract around a ZClip, and nothing else."""
 
-import contextlib
-import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch.optim import Optimizer
 
 from zclip_optim.chain import Chain
-from zclip_optim.checks import check_base_optimizer, refuse_unclipped_update, refuse_unexpected
-from zclip_optim.clipper import NonFiniteGradientError, ZClip
-from zclip_optim.distributed import (
-    ProcessGroups,
+from zclip_optim.checkpoints import Checkpoints, publish
+from zclip_optim.checks import (
+    check_base_optimizer,
     most_dimensions,
-    refuse_a_part_of_the_parameters,
     refuse_flat_shards,
     refuse_foreign_gradients,
     refuse_parameters_of_others,
+    refuse_unclipped_update,
+    refuse_unexpected,
     refuse_unknown_shards,
 )
+from zclip_optim.clipper import ZClip
+from zclip_optim.evaluations import STAGES, Evaluations
 from zclip_optim.fused import Kernels
-from zclip_optim.gradients import CHOICE, choices, collect_gradients, zero_gradients_
+from zclip_optim.gradients import CHOICE, choices
 from zclip_optim.metrics import ClipMetrics, ParameterNorm
-from zclip_optim.stages import STAGES, StagedStep
-from zclip_optim.state import SavedState
+from zclip_optim.process_groups import ProcessGroups
 
 Closure = Callable[[], Any]
-OWN_ENTRY = "zclip"  # of a state dict whose base optimizer saves nothing of the param groups
 
 
 class ZClipOptimizer(Optimizer):
@@ -50,7 +48,9 @@ class ZClipOptimizer(Optimizer):
 
     Args:
         base_optimizer: the optimizer to wrap, an instance of any class; may be trained already. Or a list of them, over
-            parameters of one model: they step together, under one norm; a closure is evaluated once for all.
+            parameters of one model: they step together, under one norm; a closure is evaluated once for all. What gives
+            each rank a part of the parameters (ZeroRedundancyOptimizer) is to be wrapped itself: made by it, this would
+            measure that part.
         alpha: smoothing factor of the running statistics, 0 <= alpha < 1.
         z_thresh: z-score above which a step is a spike, in standard deviations, > 0.
         mode: "zscore", or "percentile" to clip spikes to mu + z_thresh * sigma whatever `clip_option` is.
@@ -154,29 +154,14 @@ class ZClipOptimizer(Optimizer):
         self.clipper = ZClip(**options)
         for part in parts:
             refuse_foreign_gradients(part, self._params())
-        refuse_unknown_shards(self._params(), self.clipper.process_groups)
-        refuse_a_part_of_the_parameters(self.clipper.process_groups)
-        refuse_parameters_of_others(self.clipper.process_groups, self._params())
+        refuse_unknown_shards(self.param_groups, self.clipper._process_groups)
+        refuse_parameters_of_others(self.clipper._process_groups, self._params())
         # Not Optimizer.__init__, which would, through the properties below, empty the base optimizer.
         self._make_hook_dicts()
-        self._may_move_in_closures = True  # the parameters, before a further evaluation; until its first step shows
-        self._dimensions: int | None = most_dimensions(self._params())  # of the parameters; None from the first step on
-        self._staged: StagedStep | None = None
-        self._chosen = choices(self.param_groups)  # which are clipped, until the first step shows
-        self._adopt()
-
-    def _adopt(self) -> None:
-        """Go on from the statistics that the base optimizer has loaded, if it has loaded what a wrapped one saved."""
-        if any(_is_no_zero(group.get("zclip_step", 0)) for group in self.param_groups):
-            try:
-                self.clipper.restore(self.clipper.parse_groups(self.param_groups))
-            except ValueError as error:
-                self.clipper.health.warn(
-                    "stale",
-                    f"the statistics start afresh: those in the param groups of base_optimizer are no whole ({error}). "
-                    "A load_state_dict restores those of a checkpoint",
-                )
-        self.clipper.publish(self.param_groups)
+        self._has_stepped = False  # or was asked to, in this process
+        self._dimensions = most_dimensions(self._params())  # until then
+        self._evaluations = Evaluations(self.clipper)
+        self._checkpoints = Checkpoints(self.base_optimizer, self.parts, self.clipper)
 
     def _make_hook_dicts(self) -> None:
         """What Optimizer.__init__ makes and the inherited register_*_hook methods fill."""
@@ -299,76 +284,24 @@ class ZClipOptimizer(Optimizer):
 
     def _step(self, closure: Closure | None = None) -> Any:
         base = self.base_optimizer
-        if self._dimensions is not None:
+        if not self._has_stepped:
             look = self._look_at_first_step  # torch 2.9 cannot compile that it sets an attribute of an optimizer
             torch.compiler.disable(look)() if torch.compiler.is_compiling() else look()  # type: ignore[no-untyped-call]
         with Kernels(self.parts) as kernels:
             if closure is not None:
-                return self._step_with(closure, kernels)
-            return base.step() if self.clipper.clip_(base.param_groups, kernels=kernels) else None
-
-    @property
-    def _has_stepped(self) -> bool:
-        """Whether it was ever asked to step, in this process."""
-        return self._dimensions is None
+                return self._evaluations.step(base, closure, kernels)
+            return base.step() if self.clipper._clip(base.param_groups, kernels=kernels) else None
 
     def _look_at_first_step(self) -> None:
-        """What may have been done to the base optimizer alone, since it was wrapped."""
+        """What may have been done to the parameters since they were wrapped."""
         refuse_flat_shards(self._params(), self._dimensions)
-        refuse_parameters_of_others(self.clipper.process_groups, self._params())
-        self._dimensions = None
-        self._keep_choices(self._chosen)
-        if not self.clipper.is_published_in(self.param_groups):  # it may have loaded a checkpoint
-            with contextlib.suppress(ValueError):  # or got groups, which do not have all keys
-                loaded = self.clipper.parse_groups(self.param_groups)
-                if loaded is not None:
-                    self.clipper.restore(loaded)
-            self.clipper.publish(self.param_groups)
-
-    def _keep_choices(self, chosen: list[bool]) -> None:
-        """Where the base optimizer has loaded a checkpoint that does not say which groups are clipped."""
-        for group, choice in zip(self.param_groups, chosen, strict=False):
-            group.setdefault(CHOICE, choice)
+        refuse_parameters_of_others(self.clipper._process_groups, self._params())
+        self._has_stepped = True
 
     def _take_stage(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        if self._dimensions is not None:
+        if not self._has_stepped:
             self._look_at_first_step()
-        if self._staged is None or name == STAGES[0]:
-            self._staged = StagedStep(self.base_optimizer, self.clipper)
-        return self._staged.take(name, *args, **kwargs)
-
-    def _step_with(self, closure: Closure, kernels: Kernels) -> Any:
-        start = [p.detach().clone() for p in self._params()] if self._may_move_in_closures else None
-        clipping = _ClippingClosure(self, closure, kernels)
-        try:
-            result = self.base_optimizer.step(clipping)
-        except _SkipStep as skipped:
-            return skipped.loss
-        if not clipping.evaluations:
-            name = type(self.base_optimizer).__name__
-            self.clipper.health.warn(
-                "closure", f"{name} did not call the closure that its step() was given, so nothing was clipped there"
-            )
-        if clipping.must_go_back:
-            self._put_back(start)
-        # LBFGS moves nothing in a step that finds it at the minimum.
-        self._may_move_in_closures = clipping.moved or isinstance(self.base_optimizer, torch.optim.LBFGS)
-        if clipping.error is not None:
-            raise clipping.error
-        return result
-
-    def _put_back(self, start: list[torch.Tensor] | None) -> None:
-        if start is None:
-            name = type(self.base_optimizer).__name__
-            self.clipper.health.warn(
-                "moved",
-                f"a NaN or infinite norm met {name} where it had moved the parameters to, for a further evaluation of "
-                "its closure; it had not done so before, so there is no copy, and they stay there",
-            )
-            return
-        with torch.no_grad():
-            for p, value in zip(self._params(), start, strict=True):
-                p.copy_(value)
+        return self._evaluations.take(self.base_optimizer, name, *args, **kwargs)
 
     def _params(self) -> Iterator[torch.Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -395,7 +328,7 @@ class ZClipOptimizer(Optimizer):
         """
         choices([param_group])
         self.base_optimizer.add_param_group(param_group)
-        self.clipper.publish(self.param_groups)
+        publish(self.clipper, self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """The state to save in a checkpoint. On accelerators this waits for the device.
@@ -406,26 +339,9 @@ class ZClipOptimizer(Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        self.clipper.publish(self.param_groups)
-        state_dict = self._with_statistics(self.base_optimizer.state_dict())
+        state_dict: dict[str, Any] = self._checkpoints.save()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = _replaced(state_dict, post_hook(self, state_dict))
-        return state_dict
-
-    def _with_statistics(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state dict of the base optimizer, with an entry for the statistics if they are not in its param groups."""
-        if self.clipper.is_published_in(_find_param_groups(state_dict)):
-            return state_dict
-        if isinstance(state_dict, MutableMapping):
-            state_dict = copy.copy(state_dict)
-            state_dict[OWN_ENTRY] = self.clipper.state_dict()
-        else:  # which no optimizer of torch's kind should do
-            name = type(self.base_optimizer).__name__
-            self.clipper.health.warn(
-                "unsaved",
-                f"the statistics are not saved: the state_dict() of {name} has no param groups and is no dict. Save "
-                "optimizer.clipper.state_dict() beside it",
-            )
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -441,18 +357,7 @@ class ZClipOptimizer(Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _replaced(state_dict, pre_hook(self, state_dict))
-        saved: SavedState | None
-        if isinstance(state_dict, Mapping) and OWN_ENTRY in state_dict:
-            saved = self.clipper.parse(state_dict.pop(OWN_ENTRY))
-        else:
-            groups = _find_param_groups(state_dict)
-            saved = self.clipper.parse_groups(groups)
-            choices(groups)
-        chosen = choices(self.param_groups)
-        self.base_optimizer.load_state_dict(state_dict)
-        self._keep_choices(chosen)
-        self.clipper.restore(saved)
-        self.clipper.publish(self.param_groups)
+        self._checkpoints.load(state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -483,72 +388,6 @@ class ZClipOptimizer(Optimizer):
         return f"{type(self).__name__} (\n{self.clipper!r}\n{base}\n)"
 
 
-class _ClippingClosure:
-    """A closure that clips the gradients it leaves behind, for one step of a base optimizer.
-
-    A first evaluation that is not finite leaves the step at once. An optimizer that has moved the parameters by then
-    (SAM always, LBFGS from its second evaluation on) is in the middle of something: it gets zero gradients, ends its
-    step, and the parameters are put back afterwards. That it moves them, their version counters tell, which torch does
-    not count up for a DTensor that a foreach or fused operation alone writes to: such a step is left where it was.
-    """
-
-    def __init__(self, optimizer: ZClipOptimizer, closure: Closure, kernels: Kernels) -> None:
-        self.optimizer, self.closure, self.kernels = optimizer, closure, kernels
-        self.versions = self._versions()
-        self.evaluations = 0
-        self.moved = False
-        self.must_go_back = False
-        self.error: NonFiniteGradientError | None = None
-
-    def __call__(self) -> Any:
-        self.moved |= self._versions() != self.versions
-        with torch.enable_grad():
-            loss = self.closure()
-        self.versions = self._versions()  # a closure may write to parameters as well
-        may_step = self._clip()
-        self.evaluations += 1
-        if not may_step:
-            if not self.moved:
-                raise self.error or _SkipStep(loss)
-            self.must_go_back = True
-            zero_gradients_(collect_gradients(self.optimizer.param_groups))
-        return loss
-
-    def _clip(self) -> bool:
-        clipper, groups = self.optimizer.clipper, self.optimizer.param_groups
-        try:
-            return clipper.clip_(groups, new_step=self.evaluations == 0, kernels=self.kernels)
-        except NonFiniteGradientError as error:
-            self.error = error
-            return False
-
-    def _versions(self) -> list[int]:
-        return [p._version for p in self.optimizer._params()]
-
-
-class _SkipStep(Exception):  # noqa: N818
-    """Leaves the base optimizer's step from within its closure."""
-
-    def __init__(self, loss: Any) -> None:
-        self.loss = loss
-
-
-def _is_no_zero(value: Any) -> bool:
-    return type(value) is not int or value != 0
-
-
 def _replaced(value: Any, by: Any) -> Any:
     """What a hook returned, if it returned something."""
     return value if by is None else by
-
-
-def _find_param_groups(state_dict: Any) -> list[dict[str, Any]]:
-    """All param groups in a state dict; some wrappers nest state dicts in dicts or lists."""
-    if isinstance(state_dict, Mapping):
-        if "param_groups" in state_dict:
-            groups = state_dict["param_groups"]
-            return groups if isinstance(groups, list) else [groups]
-        nested = [value for key, value in state_dict.items() if key != "state"]  # which may be as large as the model
-    else:
-        nested = list(state_dict) if isinstance(state_dict, (list, tuple)) else []
-    return [group for value in nested for group in _find_param_groups(value)]

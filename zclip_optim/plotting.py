@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Record: TypeAlias = Mapping[str, Any]
 
 REQUIRED = ("grad_norm", "clipped_norm")
+ALWAYS = "clip_coef"  # is logged also of a step whose norms are no numbers
 STEP_KEYS = ("step", "_step")  # the second is W&B's
 LOSS_KEYS = ("loss", "train_loss", "train/loss", "loss_step", "train_loss_step", "train/loss_step")
 BEFORE, AFTER, THRESHOLD, CLIPPED, SKIPPED = "#c9c9c9", "#1769c2", "#2a9d4a", "#e07b00", "#c0392b"
@@ -199,7 +200,7 @@ class _History(NamedTuple):
     @staticmethod
     def of(records: Sequence[Record], prefix: str) -> _History:
         """From the records that have the metrics under `prefix`."""
-        rows = [r for r in records if all(_number(r.get(prefix + name)) is not None for name in REQUIRED)]
+        rows = [r for r in records if _has_norms(r, prefix) or _number(r.get(prefix + ALWAYS)) is not None]
 
         def column(name: str) -> list[float]:
             values = (_number(row.get(prefix + name)) for row in rows)
@@ -230,6 +231,10 @@ class _History(NamedTuple):
         return top
 
 
+def _has_norms(record: Record, prefix: str) -> bool:
+    return all(_number(record.get(prefix + name)) is not None for name in REQUIRED)
+
+
 def _number(value: Any) -> float | None:
     """The value as a float; None for what is missing (loggers leave empty cells) or no number."""
     try:
@@ -253,7 +258,7 @@ def _find_prefixes(records: Sequence[Record]) -> list[str]:
         raise ValueError("there are no records to plot")
     keys = dict.fromkeys(str(key) for record in records for key in record)
     candidates = [key.removesuffix(REQUIRED[1]) for key in keys if key.endswith(REQUIRED[1])]
-    prefixes = [prefix for prefix in candidates if _History.of(records, prefix).steps]
+    prefixes = [prefix for prefix in candidates if any(_has_norms(record, prefix) for record in records)]
     if not prefixes:
         needed = " and ".join(f"<prefix>{name}" for name in REQUIRED)
         raise ValueError(f"no record has both {needed}; the keys are {', '.join(keys)}")

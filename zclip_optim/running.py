@@ -143,13 +143,9 @@ class DeviceState:
     def read(self) -> list[StepRecord]:
         """The records on the host, one per scope; waits for the device, but not twice for one step."""
         if self._is_behind:
-            self.last_read = self._transferred()
+            self.last_read = [StepRecord.unpack_numbers(row) for row in self.values.t().tolist()]
             self._is_behind = self._was_captured
         return self.last_read
-
-    def _transferred(self) -> list[StepRecord]:
-        refuse_meta(self.device)
-        return [StepRecord.unpack_numbers(row) for row in self.values.t().tolist()]
 
     def write(self, records: Sequence[StepRecord]) -> None:
         """Go on from other records of as many scopes."""
@@ -160,19 +156,6 @@ class DeviceState:
     def note_finite(self) -> None:
         """Somebody has read that the norm of the last step was finite: that much of the records is known."""
         self.last_read = [record._replace(failed=False) for record in self.last_read]
-
-
-def refuse_meta(device: torch.device) -> None:
-    """Refuse to read from a device where nothing has a value.
-
-    Raises:
-        RuntimeError: it is the meta device.
-    """
-    if device.type == "meta":
-        raise RuntimeError(
-            "the parameters are on the meta device, where they and their gradients have no values. Give the model its "
-            "values (to_empty, load_state_dict), then make the optimizer and wrap it: to_empty makes new parameters"
-        )
 
 
 def _is_capturing(values: Tensor) -> bool:

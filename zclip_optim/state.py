@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from zclip_optim.algorithm import Decision, NormStats, Scalar
 
-VERSION = 1
+VERSION = 2  # counts of spikes and of clipped steps; version 1 had one of spikes, called clipped_steps
 LARGEST_COUNT = 2**63 - 1
 OTHER_SCOPE = " (statistics of one scope mean nothing to the other; without the zclip_ keys they start afresh)"
 
@@ -102,17 +102,47 @@ class SavedState(NamedTuple):
     stats: list[NormStats]
     counters: Counters
 
+    @classmethod
+    def of(cls, records: Sequence[StepRecord]) -> "SavedState":
+        """What a checkpoint after these records, one per scope, restores."""
+        counters = Counters(records[0].counters.skipped_steps, records[0].nonfinite_streak)
+        return cls([record.decision.stats for record in records], counters)
 
-def fresh_records(saved: SavedState) -> list[StepRecord]:
-    """One per scope, where a run begins or goes on."""
+
+def fresh_records(saved: SavedState | None) -> list[StepRecord]:
+    """One per scope, where a run goes on, or begins."""
+    saved = saved or SavedState([NormStats()], Counters())
     return [StepRecord.before_any(stats, saved.counters) for stats in saved.stats]
 
 
-def to_flat(record: StepRecord, scope: str) -> dict[str, Any]:
-    """What one param group carries: the statistics that apply to it, and the counters."""
-    counters = Counters(record.counters.skipped_steps, record.nonfinite_streak)
-    fields = {"version": VERSION, "scope": scope, **record.decision.stats._asdict(), **counters._asdict()}
-    return {f"zclip_{name}": value for name, value in fields.items()}
+def to_flat(saved: SavedState, scope: str) -> list[dict[str, Any]]:
+    """What param groups carry, one for each of the statistics: those, and the counters."""
+    shared = {"version": VERSION, "scope": scope, **saved.counters._asdict()}
+    return [{f"zclip_{name}": value for name, value in {**shared, **stats._asdict()}.items()} for stats in saved.stats]
+
+
+def from_state_dict(state_dict: Any, scope: str) -> SavedState:
+    """The state in what `ZClip.state_dict` returned.
+
+    Raises:
+        ValueError: it is malformed; names the key.
+    """
+    saved = from_flat(state_dict.get("groups"), scope) if isinstance(state_dict, Mapping) else None
+    if saved is None:
+        raise ValueError("state_dict must be what ZClip.state_dict() returned: a dict with 'groups' of statistics")
+    return saved
+
+
+def find_param_groups(state_dict: Any) -> list[dict[str, Any]]:
+    """All param groups in a state dict; some wrappers nest state dicts in dicts or lists."""
+    if isinstance(state_dict, Mapping):
+        if "param_groups" in state_dict:
+            groups = state_dict["param_groups"]
+            return groups if isinstance(groups, list) else [groups]
+        nested = [value for key, value in state_dict.items() if key != "state"]  # which may be as large as the model
+    else:
+        nested = list(state_dict) if isinstance(state_dict, (list, tuple)) else []
+    return [group for value in nested for group in find_param_groups(value)]
 
 
 def from_flat(groups: Any, scope: str) -> SavedState | None:
@@ -151,9 +181,11 @@ def _parse_group(group: Mapping[str, Any], index: int, scope: str) -> tuple[Norm
     def count(name: str) -> int:
         return int(take(name, _is_count, "an integer >= 0"))
 
-    take("version", lambda v: _is_count(v) and v == VERSION, f"{VERSION}, the version that this zclip_optim reads")
+    version = take("version", lambda v: _is_count(v) and 1 <= v <= VERSION, f"1 to {VERSION}, which this one reads")
     take("scope", lambda v: isinstance(v, str) and v == scope, f"{scope!r} as here{OTHER_SCOPE}")
-    stats = NormStats(number("mean"), number("var"), count("step"), count("streak"), count("clipped_steps"))
+    clipped_steps = count("clipped_steps")
+    spike_steps = count("spike_steps") if version > 1 else clipped_steps
+    stats = NormStats(number("mean"), number("var"), count("step"), count("streak"), spike_steps, clipped_steps)
     return stats, Counters(*(count(name) for name in Counters._fields))
 
 

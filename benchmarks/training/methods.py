@@ -122,8 +122,7 @@ class ZClipped(Stepper):
         """Steps, and reads the metrics."""
         self.optimizer.step()
         m = self.optimizer.metrics
-        clipped = m.clip_coef < 1  # by max_grad_norm too
-        return Clipping(m.grad_norm, m.clipped_norm, m.threshold, clipped, m.skipped, m.z_score, m.mean, m.std)
+        return Clipping(m.grad_norm, m.clipped_norm, m.threshold, m.clipped, m.skipped, m.z_score, m.mean, m.std)
 
 
 class PublishedZClip(Stepper):

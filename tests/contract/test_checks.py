@@ -139,11 +139,20 @@ class TestArguments:
 
 class TestUpdatesWithoutStep:
     class Base(torch.optim.SGD):
-        """Some of the ways around step() that optimizers have."""
+        """Some of the ways around step() that optimizers have, and names that only sound so."""
 
         def step_param(self, p, group): ...
 
-        def virtual_step(self): ...
+        def step_parameter(self, p, group, i): ...
+
+        def update_step(self, group, p, gindex, pindex): ...
+
+        def fused_back_pass(self, loss): ...
+
+        def lr_step(self):
+            return 2
+
+        def step_embed(self): ...
 
         def get_step(self):
             return 3
@@ -155,21 +164,23 @@ class TestUpdatesWithoutStep:
         def step_size(x):
             return x
 
-        lr_step = 5
+        step_parameter_count = 5
 
-    @pytest.mark.parametrize("name", ["step_param", "virtual_step"])
+    @pytest.mark.parametrize("name", ["step_param", "step_parameter", "update_step", "fused_back_pass"])
     def test_they_are_refused_by_name(self, name):
         optimizer = ZClipOptimizer(self.Base([nn.Parameter(torch.ones(2))], lr=1.0))
         with pytest.raises(AttributeError, match=f"{name} of Base updates parameters without step.*base_optimizer"):
             getattr(optimizer, name)
         assert not hasattr(optimizer, name)
 
-    def test_questions_are_answered(self):
+    def test_others_are_forwarded(self):
         optimizer = ZClipOptimizer(self.Base([nn.Parameter(torch.ones(2))], lr=1.0))
         assert optimizer.get_step() == 3
         assert optimizer.is_last_step() is False
         assert optimizer.step_size(7) == 7
-        assert optimizer.lr_step == 5
+        assert optimizer.lr_step() == 2
+        assert optimizer.step_embed() is None
+        assert optimizer.step_parameter_count == 5
 
     @pytest.mark.parametrize("lomo", [pytorch_optimizer.LOMO, pytorch_optimizer.AdaLOMO])
     def test_fused_backward(self, lomo):

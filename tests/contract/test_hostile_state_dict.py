@@ -12,7 +12,7 @@ from training import make_model, train
 
 from zclip_optim import ZClip, ZClipOptimizer
 from zclip_optim.algorithm import NormStats
-from zclip_optim.state import Counters, StepRecord, to_flat
+from zclip_optim.state import Counters, SavedState, to_flat
 
 
 def make(scope="global"):
@@ -153,7 +153,7 @@ def test_the_engine_alone_is_as_strict(state):
 
 
 def test_statistics_as_large_as_float64_allows_are_carried():
-    flat = to_flat(StepRecord.before_any(NormStats(1e300, 1e307, 2**62, 3, 4), Counters()), "global")
+    (flat,) = to_flat(SavedState([NormStats(1e300, 1e307, 2**62, 3, 4)], Counters()), "global")
     saved = copy.deepcopy(SAVED["global"])
     for group in saved["param_groups"]:
         group.update(flat)

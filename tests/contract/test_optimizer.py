@@ -14,6 +14,8 @@ from training import backward, make_batch, make_model, parameters, set_gradients
 
 from zclip_optim import NonFiniteGradientError, ZClipOptimizer, ZClipWarning
 from zclip_optim.algorithm import ZClipConfig
+from zclip_optim.chain import Chain
+from zclip_optim.evaluations import STAY_PUT
 
 HOOK_DICTS = [
     "_optimizer_step_pre_hooks",
@@ -185,17 +187,17 @@ class TestClosure:
         assert optimizer.metrics.step == 1
 
     def test_lbfgs_clips_each_evaluation_and_counts_one_step(self):
-        model = make_model()
-        optimizer = ZClipOptimizer(torch.optim.LBFGS(model.parameters(), max_iter=5), max_grad_norm=1e-3)
-        norms = []
-        original = optimizer.clipper.clip_
+        class Recording(torch.optim.LBFGS):
+            def step(self, closure):
+                def recorded():
+                    loss = closure()
+                    norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
+                    return loss
 
-        def recording_clip(*args, **kwargs):
-            may_step = original(*args, **kwargs)
-            norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
-            return may_step
+                return super().step(recorded)
 
-        optimizer.clipper.clip_ = recording_clip
+        model, norms = make_model(), []
+        optimizer = ZClipOptimizer(Recording(model.parameters(), max_iter=5), max_grad_norm=1e-3)
         optimizer.step(self.closure(model, optimizer))
         assert len(norms) > 1
         assert max(norms) == pytest.approx(1e-3, rel=1e-4)
@@ -332,9 +334,24 @@ class TestClosure:
             assert optimizer.step_was_skipped == (step == bad_step)
             assert torch.equal(parameters(model), before) == (step == bad_step)
 
-    def test_parameters_are_copied_no_more_once_a_step_has_not_moved_them(self, monkeypatch):
+    class Unknown(torch.optim.SGD):
+        """Not of torch.optim, so that only its steps show what it does."""
+
+    @pytest.mark.parametrize(
+        ("kind", "options", "expected"),
+        [
+            (torch.optim.SGD, {}, [0, 0, 0]),
+            (torch.optim.SGD, {"nonfinite": "raise"}, [0, 0, 0]),
+            (Unknown, {}, [4, 4, 4]),
+            (Unknown, {"nonfinite": "pass", "z_skip": 9.0}, [4, 4, 4]),
+            (Unknown, {"nonfinite": "pass"}, [0, 0, 0]),
+            (Extragradient, {}, [8, 16, 24]),  # with its own copy
+            (Extragradient, {"nonfinite": "pass"}, [4, 8, 12]),
+        ],
+    )
+    def test_parameters_are_copied_only_if_they_may_have_to_be_put_back(self, kind, options, expected, monkeypatch):
         model = make_model()
-        optimizer = ZClipOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        optimizer = ZClipOptimizer(kind(model.parameters(), lr=0.1), **options)
         clones = []
         clone = torch.Tensor.clone
         monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: clones.append(1) or clone(tensor))
@@ -342,7 +359,26 @@ class TestClosure:
         for _ in range(3):
             optimizer.step(self.closure(model, optimizer))
             counts.append(len(clones))
-        assert counts == [4, 4, 4]
+        assert counts == expected
+
+    @pytest.mark.parametrize("kind", sorted(STAY_PUT - {Chain}, key=lambda cls: cls.__name__))
+    def test_torchs_optimizers_leave_the_parameters_alone_until_their_closure_has_returned(self, kind):
+        """So none of theirs is copied."""
+        p = nn.Parameter(torch.ones(3, 3))
+        optimizer = kind([p])
+        seen = []
+
+        def closure():
+            seen.append(p.detach().clone())
+            p.grad = torch.ones_like(p) if kind is not torch.optim.SparseAdam else torch.ones_like(p).to_sparse()
+            return torch.tensor(0.0)
+
+        for _ in range(2):
+            before = p.detach().clone()
+            optimizer.step(closure)
+            assert torch.equal(seen.pop(), before)
+            assert not seen
+            assert not torch.equal(p, before)
 
     def test_parameters_that_cannot_be_put_back_are_told_of(self):
         class LateExtragradient(Extragradient):

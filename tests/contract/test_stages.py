@@ -1,6 +1,7 @@
 """SAM's first_step() and second_step(), with a backward before each: clipped as step(closure) is."""
 
 import copy
+import gc
 import math
 import pickle
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from training import make_batch, make_model, parameters, set_gradients
 
-from zclip_optim import NonFiniteGradientError, ZClipOptimizer
+from zclip_optim import NonFiniteGradientError, ZClipOptimizer, ZClipWarning
 
 
 class SAM(torch.optim.Optimizer):
@@ -211,6 +212,62 @@ def test_a_copy_between_the_stages_is_on_its_own(copier):
     assert torch.equal(p, torch.ones(4))
     assert not torch.equal(q, p)
     assert twin.metrics.step == optimizer.metrics.step == 1
+
+
+class Idle(torch.optim.SGD):
+    """Keeps nothing of its own between its stages."""
+
+    def first_step(self, zero_grad=False): ...
+
+    def second_step(self, zero_grad=False): ...
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "pass"])
+def test_the_copy_of_the_parameters_lives_as_long_as_the_step_and_is_in_no_pickle(nonfinite):
+    def tensors():
+        gc.collect()
+        return sum(1 for each in gc.get_objects() if type(each) is torch.Tensor and each.shape == (10_001,))
+
+    p = nn.Parameter(torch.zeros(10_001))
+    optimizer = ZClipOptimizer(Idle([p]), nonfinite=nonfinite)
+    size, alive = len(pickle.dumps(optimizer)), tensors()
+    for last in (1.0, math.nan):
+        set_gradients([p], 1.0)
+        optimizer.first_step()
+        held = tensors() - alive - 1  # the gradient
+        assert held == (nonfinite == "skip")
+        assert len(pickle.dumps(optimizer)) < size + 5_000
+        set_gradients([p], last)
+        optimizer.second_step()
+        assert tensors() - alive - 1 == 0
+        p.grad = None
+    set_gradients([p], math.nan)
+    optimizer.first_step()
+    assert tensors() - alive - 1 == 0 or nonfinite == "pass"
+
+
+def test_a_copy_of_the_optimizer_between_the_stages_cannot_go_back_and_says_so():
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = ZClipOptimizer(Staged([p], lr=1.0))
+    set_gradients([p], 1.0)
+    optimizer.first_step()
+    twin = pickle.loads(pickle.dumps(optimizer))
+    set_gradients(twin.param_groups[0]["params"], math.nan)
+    with pytest.warns(ZClipWarning, match=r"Staged .* copied in the middle of the step, so there is no copy"):
+        twin.second_step()
+    assert twin.step_was_skipped
+
+
+def test_second_steps_alone_are_steps():
+    """As of those who take the first one at some steps only."""
+    model, optimizer = make(SAMS["SAM"])
+    two_steps(model, optimizer, 0)
+    for step in range(1, 4):
+        backward(model, step)
+        optimizer.base_optimizer.first_step()
+        backward(model, step)
+        optimizer.second_step(zero_grad=True)
+        assert optimizer.metrics.step == step + 1
 
 
 class Staged(torch.optim.SGD):

@@ -1,14 +1,19 @@
 """Saved state: round trips, bare and wrapped checkpoints, and what malformed ones do."""
 
 import copy
+import gc
 import io
 import json
 import math
+import pickle
+import weakref
 
 import pytest
+import schedulefree
 import torch
 from training import make_model, parameters, train
 
+import zclip_optim.gradients
 from zclip_optim import ZClipOptimizer, ZClipWarning
 
 OUTLIERS = (33, 34, 50)
@@ -141,13 +146,14 @@ def test_nested_state_dicts_resume():
 
 
 MALFORMED = {
-    "zclip_version": [2, 0, -1, "1", None, 1.0, True],
+    "zclip_version": [3, 0, -1, "1", None, 1.0, True],
     "zclip_scope": ["group", "", None, 3],
     "zclip_mean": [math.nan, math.inf, -1.0, "1", None, True, [1.0], 10**400],
     "zclip_var": [math.nan, -1e-9, "x", None, torch.ones(2)],
     "zclip_step": [-1, 1.5, 3.0, "3", None, True, 2**70],
     "zclip_streak": [-1, 0.0, None],
-    "zclip_clipped_steps": [-1, "0"],
+    "zclip_spike_steps": [-1, "0"],
+    "zclip_clipped_steps": [-1, 2.0],
     "zclip_skipped_steps": [-1, None],
     "zclip_nonfinite_streak": [-1, math.nan],
 }
@@ -170,6 +176,28 @@ def test_a_malformed_checkpoint_is_refused_by_key_and_changes_nothing(key, value
         optimizer.load_state_dict(saved)
     assert repr(optimizer.state_dict()) == before
     assert optimizer.metrics == metrics
+
+
+@pytest.mark.parametrize("scope", ["global", "group"])
+def test_a_checkpoint_of_version_1_loads(scope):
+    """It had one count, of spikes, called clipped_steps: as many steps at least were clipped."""
+    model = make_model()
+    optimizer = ZClipOptimizer(adamw(model), scope=scope)
+    train(model, optimizer, range(60), OUTLIERS)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        group["zclip_version"], group["zclip_clipped_steps"] = 1, group.pop("zclip_spike_steps")
+    other_model = make_model()
+    other = ZClipOptimizer(adamw(other_model), scope=scope)
+    other.load_state_dict(through_disk(saved))
+    assert other.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    other_model.load_state_dict(model.state_dict())
+    train(model, optimizer, range(60, 90), [70])
+    train(other_model, other, range(60, 90), [70])
+    assert other.metrics == optimizer.metrics
+    saved["param_groups"][0]["zclip_clipped_steps"] = -1
+    with pytest.raises(ValueError, match="zclip_clipped_steps"):
+        other.load_state_dict(saved)
 
 
 def test_groups_that_contradict_each_other_are_refused():
@@ -493,6 +521,147 @@ class TestLoadedThroughTheBaseOptimizer:
         inner.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
         train(model, optimizer, [40])
         assert optimizer.metrics.step == 41
+
+    @pytest.mark.parametrize("scope", ["global", "group"])
+    @pytest.mark.parametrize("stays", [False, True])
+    def test_later_it_is_taken_over_too(self, scope, stays, monkeypatch):
+        monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: stays)
+        saved, reference = self.saved(scope)
+        model = make_model()
+        optimizer = ZClipOptimizer(adamw(model), scope=scope)
+        train(model, optimizer, range(10), outliers=[5])
+        optimizer.base_optimizer.load_state_dict(saved)
+        assert optimizer.metrics.step == 40
+        assert optimizer.metrics.mean == reference.metrics.mean
+        train(model, optimizer, [40])
+        assert optimizer.metrics.step == 41
+        assert optimizer.state_dict()["param_groups"][0]["zclip_step"] == 41
+
+    def test_rolling_back_to_what_was_saved_last(self):
+        model = make_model()
+        optimizer = ZClipOptimizer(adamw(model))
+        train(model, optimizer, range(30))
+        saved = through_disk(optimizer.state_dict())
+        train(model, optimizer, range(30, 50))
+        optimizer.base_optimizer.load_state_dict(saved)
+        assert optimizer.metrics.step == 30
+
+    def test_the_hooks_of_others_fire_once_and_in_their_order(self):
+        saved, _ = self.saved()
+        optimizer, calls = ZClipOptimizer(adamw(make_model())), []
+        optimizer.base_optimizer.register_load_state_dict_pre_hook(lambda o, s: calls.append("pre"))
+        optimizer.base_optimizer.register_load_state_dict_post_hook(lambda o: calls.append(optimizer.metrics.step))
+        optimizer.base_optimizer.load_state_dict(saved)
+        assert calls == ["pre", 40]
+        optimizer.load_state_dict(saved)
+        assert calls == ["pre", 40] * 2
+
+    @pytest.mark.parametrize("copier", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+    def test_a_copy_takes_over_what_its_own_base_loads(self, copier):
+        class KeepsAll(torch.optim.AdamW):
+            def __getstate__(self):
+                return dict(self.__dict__)
+
+        saved, _ = self.saved()
+        for kind in (torch.optim.AdamW, KeepsAll if copier is copy.deepcopy else torch.optim.AdamW):
+            optimizer = ZClipOptimizer(kind(make_model().parameters(), lr=1e-2))
+            twin = copier(optimizer)
+            twin.base_optimizer.load_state_dict(saved)
+            assert (optimizer.metrics.step, twin.metrics.step) == (0, 40)
+            optimizer.base_optimizer.load_state_dict(saved)
+            assert optimizer.metrics.step == 40
+
+    @pytest.mark.parametrize("kind", [schedulefree.ScheduleFreeWrapper, Nesting])
+    def test_an_optimizer_that_passes_it_on_to_another_one(self, kind):
+        def make():
+            model = make_model()
+            if kind is Nesting:
+                return model, ZClipOptimizer(Nesting(model.parameters(), lr=1e-2))
+            base = kind(torch.optim.SGD(model.parameters(), lr=1e-2))
+            base.train()
+            return model, ZClipOptimizer(base)
+
+        model, optimizer = make()
+        train(model, optimizer, range(30))
+        saved = optimizer.state_dict()
+        _, other = make()
+        other.base_optimizer.load_state_dict(saved)
+        assert other.metrics.step == 30
+
+    def test_an_optimizer_without_torchs_base_class(self):
+        class Bare:
+            def __init__(self, params):
+                self.inner = torch.optim.SGD(params, lr=0.01)
+                for name in ("step", "zero_grad", "state_dict"):
+                    setattr(self, name, getattr(self.inner, name))
+
+            @property
+            def param_groups(self):
+                return self.inner.param_groups
+
+            @property
+            def state(self):
+                return self.inner.state
+
+            def load_state_dict(self, state_dict):
+                self.inner.load_state_dict(state_dict)
+
+        model = make_model()
+        optimizer = ZClipOptimizer(Bare(model.parameters()))
+        train(model, optimizer, range(30))
+        other = ZClipOptimizer(Bare(make_model().parameters()))
+        other.base_optimizer.load_state_dict(through_disk(optimizer.state_dict()))
+        assert other.metrics.step == 30
+
+    @pytest.mark.parametrize("scope", ["global", "group"])
+    def test_parts_of_a_list_that_load_each_their_own(self, scope):
+        def make():
+            model = make_model()
+            parts = [torch.optim.SGD(model[0].parameters(), lr=0.01), torch.optim.AdamW(model[2].parameters())]
+            return model, ZClipOptimizer(parts, scope=scope)
+
+        model, optimizer = make()
+        train(model, optimizer, range(30))
+        optimizer.state_dict()
+        saved = [through_disk(part.state_dict()) for part in optimizer.parts]
+        other_model, other = make()
+        train(other_model, other, range(7))
+        other.parts[1].load_state_dict(saved[1])
+        assert [m.step for m in other.group_metrics] == ([30] if scope == "global" else [7, 30])
+        other.parts[0].load_state_dict(saved[0])
+        assert [m.step for m in other.group_metrics] == [m.step for m in optimizer.group_metrics]
+        assert [m.mean for m in other.group_metrics] == [m.mean for m in optimizer.group_metrics]
+
+    def test_statistics_that_are_no_whole_are_told_of_and_change_nothing(self):
+        saved, _ = self.saved()
+        model = make_model()
+        optimizer = ZClipOptimizer(adamw(model))
+        train(model, optimizer, range(10))
+        saved["param_groups"][0]["zclip_var"] = -1.0
+        with pytest.warns(ZClipWarning, match=r"go on as they were: .*zclip_var.* load_state_dict restores"):
+            optimizer.base_optimizer.load_state_dict(saved)
+        train(model, optimizer, [10])
+        assert optimizer.metrics.step == 11
+
+    def test_which_groups_are_left_alone_stays_said(self):
+        model = make_model()
+        optimizer = ZClipOptimizer(torch.optim.AdamW([{"params": model.parameters(), "zclip": False}]))
+        optimizer.base_optimizer.load_state_dict(torch.optim.AdamW(make_model().parameters()).state_dict())
+        assert optimizer.param_groups[0]["zclip"] is False
+
+    def test_the_base_optimizer_does_not_keep_its_wrapper_alive(self):
+        inner = adamw(make_model())
+        optimizer = ZClipOptimizer(inner)
+        gone = weakref.ref(optimizer)
+        gc.disable()
+        try:
+            del optimizer
+            assert gone() is None
+        finally:
+            gc.enable()
+        saved, _ = self.saved()
+        inner.load_state_dict(saved)
+        assert ZClipOptimizer(inner).metrics.step == 40
 
 
 def test_a_key_of_ours_that_is_a_tensor_is_stale_too():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -104,6 +104,25 @@ def test_a_bare_nested_checkpoint_loads_into_the_wrapper():
     set_optimizer_state_dict(model, optimizer, state)
     assert optimizer.metrics.step == 0
     assert optimizer.state_dict()["state"][0]["step"] == 35
+
+
+def test_a_flattened_checkpoint_of_version_1_loads_in_part(tmp_path):
+    """It has no count of spikes by that name, for which torch asks, unless it may load a part."""
+    model, optimizer = trained()
+    state = get_optimizer_state_dict(model, optimizer, options=OPTIONS[1])
+    for key in [key for key in state if key.endswith(".zclip_spike_steps")]:
+        state[key.replace("spike_steps", "clipped_steps")] = state.pop(key)
+        state[key.replace("spike_steps", "version")] = 1
+    dcp.save(state, checkpoint_id=tmp_path)
+
+    whole, resumed = build()
+    whole.load_state_dict(model.state_dict())
+    template = get_optimizer_state_dict(whole, resumed, options=OPTIONS[1])
+    with pytest.raises(CheckpointException, match="zclip_spike_steps"):
+        dcp.load(template, checkpoint_id=tmp_path)
+    dcp.load(template, checkpoint_id=tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True))
+    set_optimizer_state_dict(whole, resumed, template, options=OPTIONS[1])
+    assert_goes_on_like(whole, resumed)
 
 
 def test_a_bare_flattened_checkpoint_loads_before_wrapping_and_names_our_key_after_it(tmp_path):

@@ -237,8 +237,8 @@ def check_copies(rank):
     model = nn.Sequential(nn.Linear(6, 16), Experts())
     optimizer = ZClipOptimizer(torch.optim.SGD(model.parameters()), process_group={way.group: model[1].parameters()})
     model_copy, optimizer_copy = copy.deepcopy((model, optimizer))
-    assert optimizer_copy.clipper.process_groups.of_some == {model_copy[1].weight: (way.group,)}
-    assert optimizer.clipper.process_groups.of_some == {model[1].weight: (way.group,)}
+    assert optimizer_copy.clipper._process_groups.of_some == {model_copy[1].weight: (way.group,)}
+    assert optimizer.clipper._process_groups.of_some == {model[1].weight: (way.group,)}
     for p in (*model.parameters(), *model_copy.parameters()):
         p.grad = torch.full_like(p, 1.0)
     expected = math.sqrt(7 * 16 + 4 * EXPERTS * 16 * 8)

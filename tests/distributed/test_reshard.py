@@ -31,7 +31,7 @@ from zclip_optim import ZClipOptimizer
 pytestmark = pytest.mark.xdist_group("processes")
 
 SAVED, END = 12, 20
-STATISTICS = ("mean", "std", "step", "clipped_steps", "skipped_steps", "consecutive_clipped")
+STATISTICS = ("mean", "std", "step", "clipped_steps", "skipped_steps", "consecutive_spikes")
 
 
 class Fsdp2OnFour(Fsdp2):

@@ -32,7 +32,7 @@ class ReferenceZClip:
         self.seen = 0  # norms before this one
         self.warmup_norms = []
         self.mean = self.var = 0.0
-        self.streak = self.clipped_steps = 0
+        self.streak = self.spike_steps = 0
         self.spike = self.skip = False
 
     def step(self, norm):
@@ -56,7 +56,7 @@ class ReferenceZClip:
             return norm
         clipped = min(norm, self.threshold(z, sigma))
         self.skip = self.z_skip is not None and z > self.z_skip and self.streak < 3
-        self.clipped_steps += 1
+        self.spike_steps += 1
         self.learn_from_spike(min(norm, self.mean + self.z_thresh * sigma) if self.is_common() else clipped, sigma)
         self.streak += 1
         return clipped
@@ -95,7 +95,7 @@ class ReferenceZClip:
         return keep if keep < self.alpha else None
 
     def is_common(self):
-        return self.looking_back() is not None and self.clipped_steps > (self.seen - self.warmup_steps + 11) / 5
+        return self.looking_back() is not None and self.spike_steps > (self.seen - self.warmup_steps + 11) / 5
 
     def look_back(self, norm):
         keep = self.looking_back()

@@ -1,6 +1,7 @@
 """DeepSpeed's own engines on two gloo ranks on the CPU, beside one process that clips by hand and the bare engine."""
 
 import doctest
+import math
 
 import deepspeed_training
 import pytest
@@ -125,7 +126,7 @@ def check_what_is_left_out(rank, config):
         for step, nan, is_spike in [(6, 1, False), (OUTLIERS[0], None, True), (7, 0, False)]:
             before = full_parameters(engine), moments(engine)
             (metrics,) = run(engine, clipper, rank, [step], nan=nan)
-            assert (metrics.skipped, metrics.clipped) == (True, is_spike)
+            assert (metrics.skipped, metrics.is_spike) == (True, is_spike)
             assert not engine.was_step_applied()
             assert torch.equal(full_parameters(engine), before[0])
             assert moments(engine) == before[1]
@@ -395,8 +396,9 @@ def check_trainer(rank, folder, stage):
         torch.testing.assert_close(full_parameters(trainer.deepspeed), params, rtol=0, atol=1e-6)
         *rows, summary = trainer.state.log_history
         for name in LOGGED:
-            values = [row[f"zclip/{name}"] for row in rows]
-            assert values == pytest.approx([getattr(m, name) for m in expected], rel=1e-5, nan_ok=True)
+            values = {i: row[f"zclip/{name}"] for i, row in enumerate(rows) if f"zclip/{name}" in row}
+            known = {i: getattr(m, name) for i, m in enumerate(expected) if math.isfinite(getattr(m, name))}
+            assert values == pytest.approx(known, rel=1e-5)
         assert [row["zclip/grad_norm"] for row in rows] == [row["grad_norm"] for row in rows]
         assert not any(key.startswith("zclip") for key in summary)
 

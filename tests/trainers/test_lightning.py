@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*"),
 ]
 OPTIONS = {"warmup_steps": 10, "z_thresh": 2.0}
-KEYS = ["grad_norm", "clipped_norm", "clip_coef", "threshold", "z_score", "mean", "std", "clip_rate"]
+KEYS = ["grad_norm", "clipped_norm", "clip_coef", "threshold", "z_score", "mean", "std", "clip_rate", "spike_rate"]
 OUTLIERS = (20, 31)
 STEPS = 40
 
@@ -344,7 +344,7 @@ class TestLogging:
             optimizer.zero_grad()
             nn.functional.mse_loss(model(x), y).backward()
             optimizer.step()
-            seen.append(optimizer.norms_by_parameter(3) if optimizer.metrics.clipped else None)
+            seen.append(optimizer.norms_by_parameter(3) if optimizer.metrics.is_spike else None)
         assert sum(each is not None for each in seen) == optimizer.metrics.clipped_steps > 1
         assert list(logger.rows) == list(range(every - 1, STEPS, every))
         for step, row in logger.rows.items():

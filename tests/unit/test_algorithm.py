@@ -96,7 +96,7 @@ def assert_close(actual, expected):
 def test_follows_the_oracle(options, kind, scale):
     options = scaled_options(options, scale)
     reference, config, stats = ReferenceZClip(**options), ZClipConfig(**options), NormStats()
-    spikes = 0
+    spikes = clipped = 0
     for norm in norm_sequence(kind, seed=1):
         expected = reference.step(norm * scale)
         decision = decide(norm * scale, stats, config)
@@ -108,7 +108,9 @@ def test_follows_the_oracle(options, kind, scale):
         assert_close(stats.mean, reference.mean)
         assert_close(stats.var, reference.var)
         assert stats.streak == reference.streak
-        assert stats.clipped_steps == reference.clipped_steps
+        assert stats.spike_steps == reference.spike_steps
+        clipped += decision.clip_coef < 1
+        assert stats.clipped_steps == clipped
         spikes += decision.is_spike
     if kind in ("single spikes", "bursts") and options.get("warmup_steps", 25) == 25:
         assert spikes > 0
@@ -280,7 +282,7 @@ def test_lookback_leaves_the_rule_to_alpha_bit_for_bit():
 def test_lookback_1_has_the_exact_mean_and_variance_of_what_enters(norms, warmup_steps):
     entered, stats = [], NormStats()
     for decision in run(norms, lookback=1.0, alpha=0.999, warmup_steps=warmup_steps):
-        is_common = decision.is_spike and decision.stats.clipped_steps > (stats.step - warmup_steps + 11) / 5
+        is_common = decision.is_spike and decision.stats.spike_steps > (stats.step - warmup_steps + 11) / 5
         entered.append(stats.mean + 2.5 * stats.var**0.5 if is_common else decision.clipped_norm)
         stats = decision.stats
         assert stats.mean == pytest.approx(statistics.fmean(entered))

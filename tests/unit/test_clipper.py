@@ -34,7 +34,7 @@ def test_follows_the_oracle_through_real_gradients():
         assert metrics.clipped_norm == pytest.approx(reference.step(norm), rel=1e-5)
         assert metrics.mean == pytest.approx(reference.mean, rel=1e-5)
         assert metrics.std == pytest.approx(math.sqrt(reference.var), rel=1e-4, abs=1e-6)
-        assert metrics.clipped == reference.spike
+        assert metrics.clipped == metrics.is_spike == reference.spike
 
 
 def test_gradients_are_scaled_to_the_clipped_norm():
@@ -68,18 +68,29 @@ def test_a_further_evaluation_is_clipped_by_the_statistics_that_its_step_began_w
     feed(clipper, NORMS[:6], params)
     for new_step in (True, False):
         set_gradients(params, 30.0)
-        clipper.clip_([{"params": params}], new_step=new_step)
+        clipper._clip([{"params": params}], new_step=new_step)
         assert params[0].grad.norm().item() == pytest.approx(clipper.metrics.threshold)
     assert clipper.metrics.step == 7
     assert clipper.metrics.clipped_steps == 1
 
 
-def test_the_cap_acts_during_warm_up_and_shows_in_the_coefficient_alone():
-    (metrics,) = feed(ZClip(max_grad_norm=0.5), [2.0])
-    assert metrics.clipped_norm == 0.5
-    assert metrics.clip_coef == pytest.approx(0.25)
+def test_the_cap_acts_during_warm_up_and_is_clipping_without_a_spike():
+    first, second = feed(ZClip(max_grad_norm=0.5), [2.0, 0.4])
+    assert first.clipped_norm == 0.5
+    assert first.clip_coef == pytest.approx(0.25)
+    assert (first.clipped, second.clipped) == (True, False)
+    assert (first.clipped_steps, second.clipped_steps) == (1, 1)
+    assert (first.clip_rate, second.clip_rate) == (1.0, 0.5)
+    assert not first.is_spike
+    assert second.spike_steps == second.spike_rate == 0
+    assert first.mean == pytest.approx(2.0)
+
+
+def test_a_spike_that_clip_factor_leaves_as_it_is_is_not_clipped():
+    metrics = feed(ZClip(warmup_steps=4, clip_factor=100.0), [1.0, 1.1, 0.9, 1.0, 1.4])[-1]
+    assert metrics.is_spike
     assert not metrics.clipped
-    assert metrics.mean == pytest.approx(2.0)
+    assert (metrics.spike_steps, metrics.clipped_steps) == (1, 0)
 
 
 def test_accepts_a_module_parameters_or_groups():
@@ -99,18 +110,21 @@ def test_metrics_before_the_first_step():
     metrics = ZClip().metrics
     assert math.isnan(metrics.grad_norm)
     assert metrics.clip_coef == 1
-    assert metrics.step == metrics.clipped_steps == metrics.skipped_steps == 0
+    assert metrics.step == metrics.clipped_steps == metrics.spike_steps == metrics.skipped_steps == 0
+    assert metrics.clip_rate == metrics.spike_rate == 0
     assert not metrics.clipped
+    assert not metrics.is_spike
     assert not metrics.skipped
 
 
 def test_metrics_count_spikes_and_their_share_of_the_steps_after_warm_up():
     history = feed(ZClip(warmup_steps=4), [1.0, 1.1, 0.9, 1.0, 50.0, 50.0, 1.0, 1.0])
-    assert [m.clipped for m in history] == [False] * 4 + [True, True, False, False]
-    assert [m.consecutive_clipped for m in history] == [0, 0, 0, 0, 1, 2, 0, 0]
+    assert [m.is_spike for m in history] == [False] * 4 + [True, True, False, False]
+    assert [m.consecutive_spikes for m in history] == [0, 0, 0, 0, 1, 2, 0, 0]
     assert history[-1].step == 8
-    assert history[-1].clipped_steps == 2
-    assert history[-1].clip_rate == pytest.approx(2 / 4)
+    assert history[-1].spike_steps == history[-1].clipped_steps == 2
+    assert history[-1].spike_rate == pytest.approx(2 / 4)
+    assert history[-1].clip_rate == pytest.approx(2 / 8)
     assert all(math.isinf(m.threshold) for m in history[:4])
     assert all(m.threshold < 2 for m in history[4:])
 
@@ -238,10 +252,10 @@ class TestSkippedSpikes:
         *_, spike, bad, spikes = (
             feed(clipper, norms)[-1] for norms in ([1.0, 1.1] * 4, [50.0], [math.nan], [50.0, 50.0, 50.0])
         )
-        assert (spike.skipped, spike.clipped, spike.skipped_steps, spike.step) == (True, True, 1, 9)
-        assert (bad.skipped, bad.clipped, bad.skipped_steps, bad.step) == (True, False, 2, 9)
-        assert (spikes.skipped, spikes.clipped, spikes.skipped_steps) == (False, True, 4)
-        assert spike.as_dict()["zclip/skipped"] == spike.as_dict()["zclip/clipped"] == 1.0
+        assert (spike.skipped, spike.is_spike, spike.skipped_steps, spike.step) == (True, True, 1, 9)
+        assert (bad.skipped, bad.is_spike, bad.skipped_steps, bad.step) == (True, False, 2, 9)
+        assert (spikes.skipped, spikes.is_spike, spikes.skipped_steps) == (False, True, 4)
+        assert spike.as_dict()["zclip/skipped"] == spike.as_dict()["zclip/is_spike"] == 1.0
 
     def test_spikes_are_not_counted_among_norms_that_are_not_finite(self):
         clipper = ZClip(warmup_steps=4, z_skip=6.0, max_consecutive_nonfinite=2, nonfinite="raise")
@@ -266,7 +280,8 @@ class TestSkippedSpikes:
             clipper.step(groups)
         assert clipper.step_was_skipped
         assert [m.skipped for m in clipper.group_metrics] == [True, True]
-        assert [m.clipped for m in clipper.group_metrics] == [False, True]
+        assert [m.is_spike for m in clipper.group_metrics] == [False, True]
+        assert clipper.metrics.is_spike
         assert [m.step for m in clipper.group_metrics] == [6, 6]
         assert clipper.metrics.skipped_steps == 1
 
@@ -276,7 +291,14 @@ class TestState:
     @given(
         st.integers(0, 60),
         st.sampled_from(
-            [{}, {"clip_option": "mean"}, {"patience": 2}, {"alpha_down": 0.8, "z_skip": 6.0}, {"scope": "group"}]
+            [
+                {},
+                {"clip_option": "mean"},
+                {"patience": 2},
+                {"alpha_down": 0.8, "z_skip": 6.0},
+                {"scope": "group"},
+                {"max_grad_norm": 1.05},
+            ]
         ),
     )
     def test_resume_at_any_step_equals_the_uninterrupted_run(self, cut, options):
@@ -298,7 +320,8 @@ class TestState:
         other = ZClip(warmup_steps=3)
         other.load_state_dict(clipper.state_dict())
         metrics = other.metrics
-        names = ("mean", "std", "step", "clipped_steps", "skipped_steps", "clip_rate", "consecutive_clipped")
+        counted = ("step", "clipped_steps", "spike_steps", "skipped_steps", "consecutive_spikes")
+        names = ("mean", "std", *counted, "clip_rate", "spike_rate")
         assert [getattr(metrics, name) for name in names] == [getattr(last, name) for name in names]
 
     def test_hyperparameters_are_not_restored(self):
@@ -331,12 +354,19 @@ def test_other_things_than_parameters_are_refused(things):
         ZClip().step(things)
 
 
-def test_clip_rate_after_resuming_with_a_longer_warm_up():
+def test_spike_rate_after_resuming_with_a_longer_warm_up():
     clipper, longer = ZClip(warmup_steps=4), ZClip(warmup_steps=100)
     feed(clipper, [1.0, 1.1, 0.9, 1.0, 50.0, 1.0])
     longer.load_state_dict(clipper.state_dict())
-    assert longer.metrics.clipped_steps == 1
-    assert longer.metrics.clip_rate == 0
+    assert longer.metrics.spike_steps == 1
+    assert longer.metrics.spike_rate == 0
+    assert longer.metrics.clip_rate == pytest.approx(1 / 6)
+
+
+def test_the_public_names_are_these():
+    public = {name for name in (*dir(ZClip), *vars(ZClip())) if not name.startswith("_")}
+    methods = {"step", "decide", "state_dict", "load_state_dict", "norms_by_parameter"}
+    assert public == methods | {"metrics", "group_metrics", "step_was_skipped", "config"}
 
 
 def test_arguments_are_validated():

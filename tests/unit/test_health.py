@@ -266,7 +266,7 @@ class TestNoGradients:
         p = nn.Parameter(torch.ones(3))
         optimizer = ZClipOptimizer(torch.optim.LBFGS([p], max_iter=30))
         optimizer.step(lambda: p.sum())
-        assert optimizer.clipper.health.missing == 1
+        assert optimizer.clipper._health.missing == 1
 
     def test_it_is_in_no_checkpoint(self):
         model, optimizer = self.make()

@@ -1,5 +1,6 @@
 """ClipMetrics as loggers take it."""
 
+import json
 import math
 
 import torch
@@ -10,12 +11,29 @@ from zclip_optim.metrics import ClipMetrics
 
 
 def test_as_dict_is_flat_and_all_floats():
-    values = ZClip().metrics.as_dict()
+    model = make_model()
+    optimizer = ZClipOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), warmup_steps=2)
+    train(model, optimizer, range(4))
+    values = optimizer.metrics.as_dict()
     assert list(values) == [f"zclip/{name}" for name in ClipMetrics.__dataclass_fields__]
     assert all(type(value) is float for value in values.values())
-    assert values["zclip/clip_coef"] == 1.0
-    assert math.isnan(values["zclip/grad_norm"])
+    assert values["zclip/step"] == 4.0
     assert "clip/step" in ZClip().metrics.as_dict(prefix="clip/")
+
+
+def test_as_dict_is_strict_json_from_the_first_step_on():
+    """What is no number, or not yet, is left out, of steps of every kind."""
+    p = torch.nn.Parameter(torch.zeros(3))
+    clipper = ZClip(warmup_steps=2)
+    left_out = [set(ClipMetrics.__dataclass_fields__) - {key[6:] for key in clipper.metrics.as_dict()}]
+    for norm in (1.0, 1.1, 1.2, math.nan, math.inf, 0.0):
+        set_gradients([p], norm)
+        clipper.step([p])
+        values = clipper.metrics.as_dict()
+        assert json.loads(json.dumps(values, allow_nan=False)) == values
+        left_out.append({name for name in ClipMetrics.__dataclass_fields__ if f"zclip/{name}" not in values})
+    norms, tests = {"grad_norm", "clipped_norm"}, {"threshold", "z_score"}
+    assert left_out == [norms | tests, tests, tests, set(), norms | {"z_score"}, norms | {"z_score"}, {"z_score"}]
 
 
 def test_repr_is_one_line_of_a_few_digits():
@@ -26,8 +44,8 @@ def test_repr_is_one_line_of_a_few_digits():
     optimizer.step()
     assert repr(optimizer.metrics) == (
         "ClipMetrics(grad_norm=0.3333, clipped_norm=0.3333, threshold=inf, z_score=nan, clip_coef=1, mean=0.3333, "
-        "std=0, clipped=False, skipped=False, step=1, clipped_steps=0, skipped_steps=0, clip_rate=0, "
-        "consecutive_clipped=0)"
+        "std=0, clipped=False, is_spike=False, skipped=False, step=1, clipped_steps=0, spike_steps=0, "
+        "skipped_steps=0, clip_rate=0, spike_rate=0, consecutive_spikes=0)"
     )
 
 
@@ -58,7 +76,7 @@ def test_records_of_the_same_step_are_equal():
 def test_counters_survive_resume():
     def make():
         model = make_model()
-        return model, ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), warmup_steps=10)
+        return model, ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), warmup_steps=10, max_grad_norm=2.0)
 
     def run(model, optimizer, steps):
         for step in steps:
@@ -75,5 +93,6 @@ def test_counters_survive_resume():
     run(resumed, again, range(22, 50))
     assert again.metrics == reference.metrics
     assert again.metrics.skipped_steps == 2
-    assert again.metrics.clipped_steps > optimizer.metrics.clipped_steps > 0
-    assert again.metrics.clip_rate == again.metrics.clipped_steps / 40
+    assert again.metrics.clipped_steps > again.metrics.spike_steps > optimizer.metrics.spike_steps > 0
+    assert again.metrics.spike_rate == again.metrics.spike_steps / 40
+    assert again.metrics.clip_rate == again.metrics.clipped_steps / 50

@@ -37,14 +37,18 @@ def logged(rows):
     """As a trainer's logger has them: its own step, a loss, no counters."""
     kept = ("grad_norm", "clipped_norm", "clip_coef", "threshold", "z_score", "mean", "std", "clip_rate")
     return [
-        {"step": 10 * i, "train_loss": 1 / (1 + i), **{f"zclip/{name}": row[f"zclip/{name}"] for name in kept}}
+        {
+            "step": 10 * i,
+            "train_loss": 1 / (1 + i),
+            **{name: row[name] for name in (f"zclip/{name}" for name in kept) if name in row},
+        }
         for i, row in enumerate(rows)
     ]
 
 
 def write_csv(path, rows):
     with open(path, "w", encoding="utf8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list({key: None for row in rows for key in row}))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -8,7 +8,7 @@ from zclip_optim.clipper import ZClip
 from zclip_optim.metrics import ParameterNorm
 from zclip_optim.optimizer import ZClipOptimizer
 
-LOGGED = ("grad_norm", "clipped_norm", "clip_coef", "threshold", "z_score", "mean", "std", "clip_rate")
+LOGGED = ("grad_norm", "clipped_norm", "clip_coef", "threshold", "z_score", "mean", "std", "clip_rate", "spike_rate")
 
 
 def metrics_to_log(optimizer: ZClipOptimizer | ZClip, prefix: str = "zclip/") -> dict[str, float]:
@@ -19,7 +19,8 @@ def metrics_to_log(optimizer: ZClipOptimizer | ZClip, prefix: str = "zclip/") ->
         prefix: put before every name.
 
     Returns:
-        One float for each of `LOGGED`; nothing before the optimizer's first step with a gradient.
+        One float for each of `LOGGED`, NaN or infinite where there is no number; nothing before the optimizer's first
+        step with a gradient.
 
     Example:
         >>> import torch
@@ -35,12 +36,11 @@ def metrics_to_log(optimizer: ZClipOptimizer | ZClip, prefix: str = "zclip/") ->
     metrics = optimizer.metrics
     if not metrics.step and not metrics.skipped_steps:
         return {}
-    values = metrics.as_dict(prefix)
-    return {prefix + name: values[prefix + name] for name in LOGGED}
+    return {prefix + name: float(getattr(metrics, name)) for name in LOGGED}
 
 
 class ShareLog:
-    """Keeps the largest shares of the last clipped step until a trainer logs: by then gradients may be gone.
+    """Keeps the largest shares of the last spike until a trainer logs: by then gradients may be gone.
 
     Args:
         optimizer: is asked for its metrics after each step, which on accelerators waits for the device.
@@ -65,12 +65,12 @@ class ShareLog:
         self._hook = optimizer.register_step_post_hook(self._look)
 
     def _look(self, optimizer: Any, *_: Any) -> None:
-        if optimizer.metrics.clipped:
+        if optimizer.metrics.is_spike:
             groups = _with_names(optimizer.param_groups, self.model)
             self._norms = optimizer.clipper.norms_by_parameter(groups, self.limit)
 
     def take(self, prefix: str) -> dict[str, float]:
-        """The shares by ``<prefix>share/<name>``, once; empty if no step was clipped since the last time."""
+        """The shares by ``<prefix>share/<name>``, once; empty if there was no spike since the last time."""
         norms, self._norms = self._norms, []
         return {f"{prefix}share/{each.name}": each.share for each in norms}
 

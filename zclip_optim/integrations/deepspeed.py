@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from zclip_optim.clipper import ZClip
-from zclip_optim.distributed import ShardGroups
 from zclip_optim.gradients import choices
 from zclip_optim.integrations import missing_extra
+from zclip_optim.layout import ShardGroups
 from zclip_optim.optimizer import ZClipOptimizer
+from zclip_optim.state import from_state_dict
 
 try:
     from deepspeed import __version__
@@ -79,7 +80,7 @@ def _reasons_against(engine: Any, clipper: ZClip) -> dict[str, Any]:
         "max_grad_norm of ZClip is an absolute cap that hides no spike": limit,
         "a checkpoint was loaded without its statistics: attach first": engine.loaded_checkpoint_dp_world_size,
         f"scope must be 'global', got {config.scope!r}: DeepSpeed has one norm": config.scope != "global",
-        "process_group must be None: DeepSpeed has groups of its own": clipper.process_groups != ShardGroups(),
+        "process_group must be None: DeepSpeed has groups of its own": clipper._process_groups != ShardGroups(),
         "nonfinite must be 'skip' or 'raise': DeepSpeed never takes such a step": config.nonfinite == "pass",
         "zclip=False in a param group: DeepSpeed has one norm of all groups": not all(choices(inner.param_groups)),
         "use_muon: DeepSpeed has the norm of its updates": any(group.get("use_muon") for group in inner.param_groups),
@@ -150,7 +151,7 @@ class _Hooks:
         asked = inspect.signature(load).bind(*args, **kwargs).arguments
         saved = (client_state or {}).pop("zclip", None)
         if path is not None and asked.get("load_optimizer_states", True) and not asked.get("load_module_only"):
-            self.clipper.restore(saved and self.clipper.parse(saved))
+            self.clipper._restore(saved and from_state_dict(saved, self.clipper.config.scope))
         return path, client_state
 
 

@@ -4,9 +4,9 @@ import warnings
 from typing import Any
 
 from zclip_optim.algorithm import ZClipConfig
+from zclip_optim.checks import refuse_unless_count
 from zclip_optim.health import WITHOUT_GRADIENTS, ZClipWarning
 from zclip_optim.integrations import ShareLog, metrics_to_log, missing_extra
-from zclip_optim.metrics import refuse_unless_count
 from zclip_optim.optimizer import ZClipOptimizer
 
 try:
@@ -25,12 +25,13 @@ class ZClipCallback(Callback):
     clipping.
 
     At the trainer's logging interval, and only then, the metrics are read and logged as ``zclip/grad_norm``,
-    ``clipped_norm``, ``clip_coef``, ``threshold``, ``z_score``, ``mean``, ``std`` and ``clip_rate``; with several
-    optimizers as ``zclip/0/grad_norm``, ``zclip/1/grad_norm`` and so on.
+    ``clipped_norm``, ``clip_coef``, ``threshold``, ``z_score``, ``mean``, ``std``, ``clip_rate`` and ``spike_rate``,
+    NaN or infinite where there is no number; with several optimizers as ``zclip/0/grad_norm``, ``zclip/1/grad_norm``
+    and so on.
 
     Args:
         log_parameters: how many parameters to log as ``zclip/share/<name>`` (``zclip/0/share/<name>``), those with the
-            largest shares of the squared norm in the last clipped step since the log before, >= 1; None: none. With it
+            largest shares of the squared norm in the last spike since the log before, >= 1; None: none. With it
             the metrics are read at every step, which on accelerators waits for the device.
         **options: the keyword arguments of `ZClipOptimizer`, with the same meaning, defaults and errors. Optimizers
             that the module has wrapped itself keep their own.
@@ -82,6 +83,7 @@ class ZClipCallback(Callback):
         optimizers = _zclips(trainer)
         prefixes = ["zclip/"] if len(optimizers) == 1 else [f"zclip/{i}/" for i in range(len(optimizers))]
         for optimizer, prefix in zip(optimizers, prefixes, strict=True):
+            # With NaN and infinity: of what is left out here, Lightning repeats the value of an earlier step.
             pl_module.log_dict(metrics_to_log(optimizer, prefix), on_step=True, on_epoch=False)
         shares: dict[str, float] = {}
         for log, prefix in zip(self._shares, prefixes, strict=False):

@@ -3,9 +3,11 @@
 from functools import partial
 from typing import Any
 
+from zclip_optim.checkpoints import publish
 from zclip_optim.clipper import ZClip
 from zclip_optim.gradients import choices
 from zclip_optim.integrations import missing_extra
+from zclip_optim.state import from_flat
 
 try:
     from megatron.core import __version__
@@ -56,7 +58,7 @@ def attach(optimizer: MegatronOptimizer, **options: Any) -> ZClip:
 
 class _Attached:
     def __init__(self, optimizer: Any, parts: list[Any], clipper: ZClip) -> None:
-        self.saved = clipper.parse_groups(optimizer.param_groups)  # it may have loaded a checkpoint
+        self.saved = from_flat(optimizer.param_groups, clipper.config.scope)  # it may have loaded a checkpoint
         self.optimizer, self.parts, self.clipper = optimizer, parts, clipper
         self.norm: float | None = None
         self.decided = False
@@ -80,7 +82,7 @@ class _Attached:
         _refuse_clip_grad(self.parts)
         norm, self.norm = self.measure() if self.norm is None else self.norm, None
         factor = self.clipper.decide(norm)
-        self.clipper.publish(self.optimizer.param_groups)
+        publish(self.clipper, self.optimizer.param_groups)
         if self.clipper.step_was_skipped:
             return False
         for part in self.parts if factor != 1 else ():
@@ -100,11 +102,11 @@ class _Attached:
         return bool(take_step())
 
     def parse(self, _: Any, state_dict: dict[str, Any]) -> None:
-        self.saved = self.clipper.parse_groups(state_dict["param_groups"])
+        self.saved = from_flat(state_dict["param_groups"], self.clipper.config.scope)
 
     def restore(self, *_: Any) -> None:
-        self.clipper.restore(self.saved)
-        self.clipper.publish(self.optimizer.param_groups)
+        self.clipper._restore(self.saved)
+        publish(self.clipper, self.optimizer.param_groups)
 
 
 def _refuse_what_cannot_be_right(optimizer: Any, parts: list[Any]) -> None:

@@ -6,10 +6,12 @@ from collections import ChainMap
 from typing import Any
 
 from zclip_optim.algorithm import ZClipConfig
+from zclip_optim.checkpoints import publish
 from zclip_optim.gradients import CHOICE, choices
 from zclip_optim.health import CLIPPED_BEFORE
 from zclip_optim.integrations import missing_extra
 from zclip_optim.optimizer import ZClipOptimizer
+from zclip_optim.state import from_flat
 
 try:
     from torchtitan.components.optimizer import OptimizersContainer
@@ -65,11 +67,11 @@ class ZClipOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         if norm == 0:
             raise ValueError(f"all gradients are 0 at the first step: {CLIPS_FIRST}, and 0 zeroes the gradients")
         if math.isclose(norm, 1.0, rel_tol=1e-4):
-            self.zclip.clipper.health.warn(CLIPPED_BEFORE, f"the first gradient norm is {norm:.4f}: {CLIPS_FIRST}")
+            self.zclip.clipper._health.warn(CLIPPED_BEFORE, f"the first gradient norm is {norm:.4f}: {CLIPS_FIRST}")
 
     def state_dict(self) -> dict[str, Any]:
         """As torchtitan's, with the statistics for every parameter."""
-        self.zclip.clipper.publish(self.zclip.param_groups)
+        publish(self.zclip.clipper, self.zclip.param_groups)
         state_dict: dict[str, Any] = super().state_dict()
         ours = ChainMap(*map(_flat, self.zclip.param_groups)).keys()
         if not ours <= state_dict.keys():
@@ -81,13 +83,12 @@ class ZClipOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         """Load what `state_dict` returned, here or of torchtitan's container: then the statistics start afresh."""
         flat, clipper = list(map(_flat, self.zclip.param_groups)), self.zclip.clipper
         groups = [{key.rpartition(".")[2]: state_dict[key] for key in group if key in state_dict} for group in flat]
-        saved = clipper.parse_groups(groups)
+        saved = from_flat(groups, clipper.config.scope)
         choices(groups)
-        super().load_state_dict({**ChainMap(*flat), **state_dict})
-        clipper.restore(saved)
-        clipper.publish(self.zclip.param_groups)
+        with self.zclip._checkpoints.loading(saved):
+            super().load_state_dict({**ChainMap(*flat), **state_dict})
         if self._is_bare:
-            clipper.health.warn("bare", "from_bare_checkpoint: the statistics start afresh; take it out from now on")
+            clipper._health.warn("bare", "from_bare_checkpoint: the statistics start afresh; take it out from now on")
         self._is_bare = False
 
 

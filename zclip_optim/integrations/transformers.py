@@ -1,13 +1,14 @@
 """Hugging Face Trainer: a callback that logs what ZClip does, and a Trainer on DeepSpeed, whose engine clips."""
 
 import functools
+import math
 import warnings
 from typing import Any
 
+from zclip_optim.checks import refuse_unless_count
 from zclip_optim.clipper import ZClip
 from zclip_optim.health import ZClipWarning
 from zclip_optim.integrations import ShareLog, metrics_to_log, missing_extra
-from zclip_optim.metrics import refuse_unless_count
 from zclip_optim.optimizer import ZClipOptimizer
 
 try:
@@ -19,16 +20,16 @@ except ImportError as error:
 class ZClipCallback(TrainerCallback):
     """Adds ZClip's metrics to the Trainer's logs of training steps: its loggers, and ``trainer.state.log_history``.
 
-    The keys are ``zclip/grad_norm``, ``clipped_norm``, ``clip_coef``, ``threshold``, ``z_score``, ``mean``, ``std`` and
-    ``clip_rate``, of the step that is logged; the metrics are read on that step only. The optimizer itself clips, saves
-    and resumes without this callback.
+    The keys are ``zclip/grad_norm``, ``clipped_norm``, ``clip_coef``, ``threshold``, ``z_score``, ``mean``, ``std``,
+    ``clip_rate`` and ``spike_rate``, those of them that are finite numbers, of the step that is logged; the metrics are
+    read on that step only. The optimizer itself clips, saves and resumes without this callback.
 
     `attach` puts it before the Trainer's loggers. With ``callbacks=[ZClipCallback()]`` it comes after them, since the
     Trainer's own callbacks are first: ``log_history`` has the metrics then, the loggers have not.
 
     Args:
         log_parameters: how many parameters to log as ``zclip/share/<name>``, those with the largest shares of the
-            squared norm in the last clipped step since the log before, >= 1; None: none. With it the metrics are read
+            squared norm in the last spike since the log before, >= 1; None: none. With it the metrics are read
             at every step, on every rank, which on accelerators waits for the device.
 
     Raises:
@@ -100,6 +101,7 @@ class ZClipCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         values = metrics_to_log(_find_zclip(kwargs["optimizer"]))
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # the state file is JSON
         if self._shares is not None:
             values.update(self._shares.take("zclip/"))
         logs.update(values)

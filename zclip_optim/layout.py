@@ -1,31 +1,24 @@
-"""From the squared norms in this process to norms over the gradients of all ranks."""
+"""Which ranks hold what of a tensor; from squared norms in this process to norms over the gradients of all ranks."""
 
 import itertools
 import math
-import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.parameter import is_lazy
 
 from zclip_optim.algorithm import Scalar
 from zclip_optim.gradients import Gradients, ParamGroups, local_tensor, named_params
 from zclip_optim.norm import wide_dtype
 
-ProcessGroups: TypeAlias = (
-    "dist.ProcessGroup | Sequence[dist.ProcessGroup] | Mapping[dist.ProcessGroup, nn.Module | Iterable[Tensor]] | None"
-)
-Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]
 Groups: TypeAlias = tuple[Any, ...]  # of ProcessGroups, a class that not every build of torch has
 AVAILABLE = dist.is_available()  # a property of the build of torch
+SHARD_GROUPS = "shard_groups"  # the key of a param group that comes with the groups of some of its parameters
 PLAIN = {Parameter, Tensor, type(None)}
-NOT_SEEN = "keeps the gradients in buffers of its own, so their norm cannot be seen here"
-ON_DEEPSPEED = "zclip_optim.integrations.deepspeed.attach(engine)"
 
 
 class Part(NamedTuple):
@@ -53,6 +46,11 @@ class ShardGroups(NamedTuple):
     in_order: Groups = ()
     combinations: tuple[Groups, ...] = ()
 
+    def of_each(self, param_group: Mapping[str, Any]) -> Mapping[Tensor, Groups]:
+        """`of_some`, for one param group: those of FSDP1's modules are found anew and come with it."""
+        known: Mapping[Tensor, Groups] = param_group.get(SHARD_GROUPS, self.of_some)
+        return known
+
 
 Reduced: TypeAlias = Sequence[tuple[Any, list[Scalar]]]  # groups, and the sums over their ranks
 
@@ -75,68 +73,8 @@ def in_use() -> bool:
     return AVAILABLE and dist.is_initialized()
 
 
-def as_groups(process_group: ProcessGroups) -> ShardGroups:
-    """What `process_group` says about who holds the other elements of which parameters.
-
-    Raises:
-        ValueError: there is something else than process groups, a mapping that says nothing, or one with DTensors.
-        TypeError: a value of a mapping is no parameters.
-    """
-    if isinstance(process_group, Mapping):
-        return _as_groups_of_some(process_group)
-    if process_group is None:
-        return ShardGroups()
-    groups = tuple(process_group) if isinstance(process_group, Sequence) else (process_group,)
-    if not all(map(_is_group, groups)):
-        raise ValueError(
-            "process_group must be a ProcessGroup, a sequence of them, a mapping {group: parameters}, or None, got "
-            f"{process_group!r}"
-        )
-    return ShardGroups(groups, in_order=groups)
-
-
-def _is_group(value: Any) -> bool:
-    return dist.is_available() and isinstance(value, dist.ProcessGroup)
-
-
-def _as_groups_of_some(mapping: Mapping[Any, Any]) -> ShardGroups:
-    if not mapping:
-        raise ValueError("process_group={} names no group: give a mapping {group: parameters}, or leave it out")
-    of_some: dict[Tensor, Groups] = {}
-    for group, value in mapping.items():
-        if not _is_group(group):
-            raise ValueError(
-                f"process_group must be a mapping {{group: parameters}} from a ProcessGroup that this rank is in, got "
-                f"{group!r} for one"
-            )
-        name = f"process_group[<group {group.group_name}>]"
-        params = _params_of(value, name)
-        if not params:
-            raise ValueError(
-                f"{name} holds no parameters, so none would be summed over this group: an iterator that was gone "
-                "through before? Pass a list or a module. A rank without any gives an empty one, "
-                "torch.nn.Parameter(torch.empty(0), requires_grad=False)"
-            )
-        of_some.update((p, (*of_some.get(p, ()), group)) for p in dict.fromkeys(params))
-    return ShardGroups(None, of_some, tuple(mapping), tuple(dict.fromkeys(of_some.values())))
-
-
-def _params_of(value: Any, name: str) -> list[Tensor]:
-    is_iterable = isinstance(value, (nn.Module, Iterable))
-    params = _as_list(value.parameters() if isinstance(value, nn.Module) else value) if is_iterable else [value]
-    wrong = _kinds_of_others(params)
-    if wrong:
-        raise TypeError(f"{name} must be a module or an iterable of parameters, got {wrong}")
-    for p in params:
-        if _is_on_mesh(p):
-            raise ValueError(
-                f"{name} holds a DTensor of shape {tuple(p.shape)}, which is summed over its own mesh already: leave "
-                "it out"
-            )
-    return params
-
-
-def _is_on_mesh(value: Tensor) -> bool:
+def is_on_mesh(value: Tensor) -> bool:
+    """Whether it is a DTensor."""
     return getattr(value, "device_mesh", None) is not None
 
 
@@ -228,7 +166,7 @@ def split_gradients(param_groups: ParamGroups, process_groups: ShardGroups) -> l
     """The gradients in this process, those of tied parameters once, by the groups that hold the rest of them.
 
     Args:
-        param_groups: as in an optimizer; "shard_groups" in one of them holds the groups of some of its parameters.
+        param_groups: as in an optimizer.
         process_groups: what was said about the shards of parameters.
 
     Returns:
@@ -236,7 +174,7 @@ def split_gradients(param_groups: ParamGroups, process_groups: ShardGroups) -> l
         of groups, also if this process has no parameter for it.
 
     Raises:
-        ValueError: FSDP1 parameters or experts whose groups are unknown, or a process group that a mesh covers already.
+        ValueError: a mesh covers one of the process groups already.
     """
     whole: dict[int, Tensor] = {}
     layouts = {_Layout(): whole, **{_Layout(groups): {} for groups in process_groups.combinations}}
@@ -261,11 +199,7 @@ def split_gradients(param_groups: ParamGroups, process_groups: ShardGroups) -> l
 
 def _params_with_groups(param_groups: ParamGroups, process_groups: ShardGroups) -> Iterator[tuple[Tensor, Groups]]:
     for group in param_groups:
-        params, known = group["params"], process_groups.of_some
-        found = group.get("shard_groups") if process_groups.of_all is None else None
-        if found:
-            known = {p: tuple(dict.fromkeys(found.get(p, ()) + known.get(p, ()))) for p in {**found, **known}}
-        refuse_unknown_shards(params, process_groups._replace(of_some=known) if found else process_groups)
+        params, known = group["params"], process_groups.of_each(group)
         yield from ((p, known.get(p, ())) for p in params) if known else zip(params, itertools.repeat(()))
 
 
@@ -397,153 +331,3 @@ def _gather(value: Any, group: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
-
-
-def fsdp_groups(model: nn.Module) -> dict[Tensor, Groups]:
-    """For each parameter that FSDP1 has flattened, the groups of ranks that hold its shards."""
-    flattened = [p for p in model.parameters() if getattr(p, "_fsdp_flattened", False)]
-    if not flattened:
-        return {}
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-
-    groups: dict[Tensor, Groups] = {}
-    for module in model.modules():  # outer modules before inner ones, whose parameters are their own
-        if isinstance(module, FullyShardedDataParallel):
-            whole = module.sharding_strategy is ShardingStrategy.NO_SHARD
-            groups.update(dict.fromkeys(module.parameters(), () if whole else (module.process_group,)))
-    return {p: groups[p] for p in flattened}
-
-
-def as_param_groups(model_or_parameters: Parameters, process_groups: ShardGroups) -> ParamGroups:
-    """A model, parameters or param groups as param groups, those of FSDP1 with the groups that hold their shards.
-
-    Raises:
-        TypeError: there is something else among them.
-        ValueError: see `refuse_parameters_of_others`.
-    """
-    groups = _as_param_groups(model_or_parameters)
-    refuse_parameters_of_others(process_groups, (p for group in groups for p in group["params"]))
-    return groups
-
-
-def _as_param_groups(model_or_parameters: Any) -> ParamGroups:
-    if isinstance(model_or_parameters, nn.Module):
-        named = dict(model_or_parameters.named_parameters())
-        shard_groups = fsdp_groups(model_or_parameters) if in_use() else {}
-        return [{"params": list(named.values()), "param_names": list(named), "shard_groups": shard_groups}]
-    items = _as_list(model_or_parameters)
-    groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
-    groups = [{**group, "params": _as_list(group["params"])} for group in groups]
-    wrong = _kinds_of_others(p for group in groups for p in group["params"])
-    if wrong:
-        raise TypeError(f"model_or_parameters must be a module, parameters or param groups, got {wrong} among them")
-    return groups
-
-
-def _kinds_of_others(params: Iterable[Any]) -> str:
-    """The types of what is no tensor."""
-    return ", ".join(sorted({type(p).__name__ for p in params if not isinstance(p, Tensor)}))
-
-
-def _as_list(params: Any) -> list[Any]:
-    return [params] if isinstance(params, Tensor) else list(params)
-
-
-def refuse_unknown_shards(params: Iterable[Tensor], groups: ShardGroups) -> None:
-    """Refuse shards of parameters if nothing is known about the other ones: the norm would be wrong.
-
-    Raises:
-        ValueError: there are parameters of FSDP1, and no process group was given; or, in a distributed run, experts
-            (plain tensors with `allreduce` False, as Megatron and DeepSpeed mark them) that no mapping covers, and
-            process_group is not ().
-    """
-    if groups.of_all == ():
-        return
-    # One look at the attributes of each parameter, in a pass that every step takes.
-    marked = [p for p in params if (own := p.__dict__) and ("_fsdp_flattened" in own or "allreduce" in own)]
-    unknown = [p for p in marked if p not in groups.of_some]
-    if groups.of_all is None and any(getattr(p, "_fsdp_flattened", False) for p in unknown):
-        raise ValueError(
-            "these are FSDP's shards of parameters: pass process_group=model.process_group so that the norm covers "
-            "all of them (process_group=() for ShardingStrategy.NO_SHARD)"
-        )
-    experts = [p for p in unknown if getattr(p, "allreduce", None) is False and not _is_on_mesh(p)]
-    if experts and in_use() and dist.get_world_size() > 1:
-        raise ValueError(
-            f"a parameter of shape {tuple(experts[0].shape)} has allreduce=False, the mark of an expert, and "
-            "process_group does not say which ranks hold the other ones: pass process_group={group: parameters}, the "
-            "experts and the group of ranks over which they are distributed (process_group=() if every rank holds all "
-            "of them)"
-        )
-
-
-def refuse_parameters_of_others(groups: ShardGroups, params: Iterable[Tensor]) -> None:
-    """Refuse a mapping with parameters that are not among these: nothing would be summed over their groups.
-
-    Raises:
-        ValueError: there is such a parameter, and it requires gradients.
-    """
-    held = set(params) if groups.of_some else set()
-    others = [p for p in groups.of_some if p.requires_grad and p not in held]
-    if others:
-        raise ValueError(
-            f"process_group maps {len(others)} of {len(groups.of_some)} parameters, one of shape "
-            f"{tuple(others[0].shape)}, that are not among those to be clipped: of another model, or replaced since? "
-            "Pass the parameters that the optimizer holds"
-        )
-
-
-def refuse_foreign_gradients(base_optimizer: object, params: Iterable[Tensor]) -> None:
-    """Refuse what keeps its gradients elsewhere than in `p.grad`, where no wrapper sees them.
-
-    Raises:
-        ValueError: an optimizer or parameters of DeepSpeed ZeRO or Megatron.
-    """
-    package, _, module = type(base_optimizer).__module__.partition(".")
-    params = list(params)
-    if (package == "deepspeed" and not module.startswith("ops.")) or any(hasattr(p, "ds_id") for p in params):
-        owner, instead = "DeepSpeed ZeRO", ON_DEEPSPEED
-    elif package == "megatron" or any(hasattr(p, "main_grad") for p in params):
-        owner, instead = "Megatron", "zclip_optim.integrations.megatron.attach(optimizer)"
-    else:
-        return
-    raise ValueError(f"{owner} {NOT_SEEN}: use {instead} with the optimizer unwrapped")
-
-
-def most_dimensions(params: Iterable[Tensor]) -> int:
-    """The dimensions of the parameter that has the most; 0 for those of lazy modules, which have none yet."""
-    return max((0 if is_lazy(p) else p.dim() for p in params), default=0)
-
-
-def refuse_a_part_of_the_parameters(groups: ShardGroups) -> None:
-    """Refuse to be made by an optimizer that gives each rank a part of the parameters: the norm would be of that part.
-
-    Raises:
-        ValueError: ZeroRedundancyOptimizer is making it, and no process group of all parameters was given.
-    """
-    frame = sys._getframe(1) if groups.of_all is None and in_use() else None
-    while frame is not None:
-        if type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
-            raise ValueError(
-                "ZeroRedundancyOptimizer gives each rank some of the parameters, and the norm would be that of these: "
-                "put it inside, ZClipOptimizer(ZeroRedundancyOptimizer(parameters, optimizer_class, ...)), or pass "
-                "process_group, the group over which it shards"
-            )
-        frame = frame.f_back
-
-
-def refuse_flat_shards(params: Iterable[Tensor], dimensions: int | None) -> None:
-    """Refuse what DeepSpeed has put into an optimizer in place of the parameters that it was made with.
-
-    Args:
-        params: of the optimizer at its first step.
-        dimensions: `most_dimensions` of those that it was made with.
-
-    Raises:
-        ValueError: DeepSpeed is loaded, and there are flat parameters only where there were others.
-    """
-    if "deepspeed" in sys.modules and dimensions is not None and most_dimensions(params) == 1 < dimensions:
-        raise ValueError(
-            f"DeepSpeed has replaced the parameters by flat shards and {NOT_SEEN}. Hand deepspeed.initialize the "
-            f"optimizer without ZClipOptimizer, then call {ON_DEEPSPEED}"
-        )
