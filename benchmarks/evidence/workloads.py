@@ -10,7 +10,9 @@ from benchmarks.paper.tables import CARTPOLE_LR, EPISODES
 from benchmarks.training.contenders import (
     AUTOCLIP,
     AUTOCLIP_LOW,
+    CAPPED,
     FALLING,
+    FALLING_LESS,
     FOLLOWING,
     FOLLOWING_CAPPED,
     FOR_INFORMATION,
@@ -124,6 +126,7 @@ INSTABILITY = Comparison(
         PAPER,
         LOOKING_BACK,
         FOLLOWING,
+        FALLING_LESS,
         *map(informing, (fixed(0.1), AUTOCLIP, AUTOCLIP_LOW, PUBLISHED, PATIENT, FALLING, *FOR_INFORMATION)),
     ),
 )
@@ -143,14 +146,15 @@ def language_model(label: str, architecture: str, beta2: float, steps: int | Non
 
 LONG = replace(
     language_model("LLaMA, 3,000 steps", "llama", 0.95, 3_000),
-    contenders=tuple(each.label for each in (fixed(1), PAPER, LOOKING_BACK, FOLLOWING)),
+    contenders=tuple(each.label for each in (fixed(1), PAPER, LOOKING_BACK, FOLLOWING, FALLING_LESS)),
 )
 BY_GROUP = ours(special=True, lookback=0.1, alpha_down=0.9, scope="group")
 MUON = replace(
     language_model("LLaMA, Muon", "llama", 0.95),
     muon=True,
     contenders=tuple(
-        each.label for each in (NONE, *map(fixed, (0.01, 0.1, 1)), PAPER, LOOKING_BACK, FOLLOWING, BY_GROUP)
+        each.label
+        for each in (NONE, *map(fixed, (0.01, 0.1, 1)), PAPER, LOOKING_BACK, FOLLOWING, FALLING_LESS, BY_GROUP)
     ),
 )
 ON_SHIFTED_DIGITS = (
@@ -159,7 +163,9 @@ ON_SHIFTED_DIGITS = (
     PAPER,
     LOOKING_BACK,
     FOLLOWING,
+    FALLING_LESS,
     ours(special=True, patience=200),
+    ours(special=True, alpha_down=0.9, patience=200),
     ours(special=True, lookback=0.1, patience=200),
     ours(special=True, lookback=0.1, alpha_down=0.9, patience=200),
 )
@@ -197,6 +203,8 @@ REGRET = Comparison(
         FOLLOWING,
         NONE,
         FOLLOWING_CAPPED,
+        FALLING_LESS,
+        CAPPED,
         *(each for each in ON_SHIFTED_DIGITS if each.special),
         *map(informing, (*map(fixed, (0.01, 0.1, 10, 100)), AUTOCLIP, AUTOCLIP_LOW, BY_GROUP)),
     ),
