@@ -146,6 +146,7 @@ def language_model(label: str, architecture: str, beta2: float, steps: int | Non
 
 LONG = replace(
     language_model("LLaMA, 3,000 steps", "llama", 0.95, 3_000),
+    batch=4,
     contenders=tuple(each.label for each in (fixed(1), PAPER, LOOKING_BACK, FOLLOWING, FALLING_LESS)),
 )
 BY_GROUP = ours(special=True, lookback=0.1, alpha_down=0.9, scope="group")
