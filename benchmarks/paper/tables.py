@@ -199,7 +199,6 @@ TABLES = {
             "Learning rates (paper: Table 2)",
             by_rate((FIXED, PAPER, FOLLOWING), RATES, published.RATES),
             paper=published.RATE_COLUMNS,
-            conditions=(CLEAN,),
         ),
         Table(
             "methods",
