@@ -258,7 +258,7 @@ def page(result: Result) -> str:
         result,
         f"{setup(result)} The fault begins at step {result['fault_step']}.",
         *tables(cells, result["last_steps"]),
-        *start_table([restored(BadStart, row) for row in result["starts"]]),
+        *start_table([restored(BadStart, row) for row in result.get("starts", ())]),  # a result of before has none
         bullets([*result["notes"], f"sigma, as a share of the mean: {', '.join(sigmas)}"]),
     )
 
@@ -283,7 +283,7 @@ def start_table(starts: Sequence[BadStart]) -> tuple[str, ...]:
         clipped_at = "-" if start.clipped_at is None else str(start.clipped_at)
         rows.setdefault((start.step, start.factor), where)[start.method] = clipped_at
     title = f"After one bad norm, the first step at which gradients x {PROBE:g} are clipped; tried every {PROBE_EVERY}:"
-    return title, markdown(list(rows.values()))
+    return (title, markdown(list(rows.values()))) if rows else ()
 
 
 def table(cells: Sequence[Cell], entry: Callable[[Cell], str]) -> str:
