@@ -137,7 +137,7 @@ def skip_is_read(monkeypatch):
 
 def always_steps(monkeypatch):
     clip = ZClip._clip
-    monkeypatch.setattr(ZClip, "_clip", lambda *args: clip(*args) or True)
+    monkeypatch.setattr(ZClip, "_clip", lambda *args, **options: clip(*args, **options) or True)
 
 
 def counts_twice(monkeypatch):
