@@ -1,5 +1,6 @@
 """Gradients: where a norm comes from and a coefficient goes to."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -65,12 +66,13 @@ class Gradients:
 
     def __init__(self, param_groups: ParamGroups, scope: str) -> None:
         self.param_groups = param_groups
-        clipped = [group for group in param_groups if group.get(CHOICE, True)]
+        chosen = choices(param_groups)
+        clipped = list(itertools.compress(param_groups, chosen))
         self.device = _accelerator(clipped)
         if scope == "global":
             self.scopes = [clipped]
         else:
-            self.scopes = [[group] if group.get(CHOICE, True) else [] for group in param_groups]
+            self.scopes = [[group] if choice else [] for group, choice in zip(param_groups, chosen, strict=True)]
         self.local = [collect_gradients(groups) for groups in self.scopes]
 
     def norms(self) -> Any:
@@ -174,9 +176,9 @@ def choices(param_groups: Iterable[Mapping[str, Any]]) -> list[bool]:
         ValueError: one says something else than yes or no.
     """
     chosen = [group.get(CHOICE, True) for group in param_groups]
-    for i, choice in enumerate(chosen):
-        if type(choice) is not bool:
-            raise ValueError(f"{CHOICE!r} in param_groups[{i}] must be True or False, got {choice!r}")
+    if not set(map(type, chosen)) <= {bool}:
+        i, choice = next((i, choice) for i, choice in enumerate(chosen) if type(choice) is not bool)
+        raise ValueError(f"{CHOICE!r} in param_groups[{i}] must be True or False, got {choice!r}")
     return chosen
 
 
