@@ -8,6 +8,8 @@ from typing import Any, TypeGuard
 
 import torch
 
+from zclip_optim.state import find_param_groups
+
 PARTS = "parts"  # the entry of a state dict that holds those of the parts as they are
 SWITCHES = ("train", "eval")  # of ScheduleFree, for every part that has them
 
@@ -53,7 +55,7 @@ class Chain:
                         f"base_optimizer: {names} hold the same parameter, of shape {tuple(p.shape)}, which would be "
                         "stepped twice: give each parameter to one of them"
                     )
-        self.parts = list(parts)
+        self.parts = tuple(parts)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -166,14 +168,11 @@ class Chain:
                 raise ValueError(
                     f"the state dict is of {len(state_dict[PARTS])} optimizers, this is a list of {len(self.parts)}"
                 )
+            for part, saved in zip(self.parts, state_dict[PARTS], strict=True):
+                _refuse_other_sizes(find_param_groups(saved), find_param_groups(part.state_dict()))
             return list(state_dict[PARTS])
         shares = self._shared_out(state_dict["param_groups"])
-        for saved, own in zip(itertools.chain(*shares), self.param_groups, strict=True):
-            if len(saved["params"]) != len(own["params"]):
-                raise ValueError(
-                    f"a param group of the state dict has {len(saved['params'])} parameters, the one here "
-                    f"{len(own['params'])}"
-                )
+        _refuse_other_sizes(list(itertools.chain(*shares)), self.param_groups)
         own_dicts = []
         for groups in shares:
             numbers = {number: i for i, number in enumerate(_numbers(groups))}
@@ -202,23 +201,6 @@ class Chain:
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.parts))
-
-
-def set_where_it_is(base: Any, name: str, value: Any) -> bool:
-    """Set an attribute of an optimizer that has it; whether it has.
-
-    Raises:
-        AttributeError: there are several, and one of them has it.
-    """
-    if isinstance(base, Chain):
-        for i, part in enumerate(base.parts):
-            if hasattr(part, name):
-                raise AttributeError(f"several optimizers have no {name!r} together: set it on optimizer.parts[{i}]")
-        return False
-    if not hasattr(base, name):
-        return False
-    setattr(base, name, value)
-    return True
 
 
 class _Groups(list[dict[str, Any]]):
@@ -327,6 +309,18 @@ def _refuse_closure(part: Any) -> None:
             f"base_optimizer: {type(part).__name__} cannot be one of several optimizers, since its step() needs a "
             "closure, to evaluate it where it has moved its own parameters"
         )
+
+
+def _refuse_other_sizes(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
+    """Before the first part loads: a later one would refuse them when that has loaded."""
+    if len(saved) != len(own):
+        raise ValueError(f"a part of the state dict has {len(saved)} param groups, the one here {len(own)}")
+    for there, here in zip(saved, own, strict=True):
+        if len(there["params"]) != len(here["params"]):
+            raise ValueError(
+                f"a param group of the state dict has {len(there['params'])} parameters, the one here "
+                f"{len(here['params'])}"
+            )
 
 
 def _is_plain(state_dict: Any) -> bool:

@@ -107,13 +107,14 @@ def refuse_arguments(optimizers: Iterable[Any], *args: Any, **kwargs: Any) -> No
 
 def _signature_of_step(optimizer: Any) -> inspect.Signature | None:
     """None where it is not known, as of a step that is not written in Python."""
-    step = optimizer.step
-    if hasattr(step, "_wrapped_by_lr_sched"):  # a function on the instance, with the signature of the one on the class
-        step = type(optimizer).step.__get__(optimizer)
     try:
-        return inspect.signature(step)
+        signature = inspect.signature(optimizer.step)
     except ValueError:
         return None
+    parameters = list(signature.parameters.values())
+    if parameters and parameters[0].name == "self":  # as of the function that a scheduler sets on the instance
+        return signature.replace(parameters=parameters[1:])
+    return signature
 
 
 class _Step:

@@ -249,10 +249,16 @@ def describe_nonfinite(param_groups: ParamGroups, limit: int = 10) -> str:
 
 
 def named_params(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
-    """Name or position, parameter, and its group, but of groups left alone."""
+    """Name or position, parameter, and its group, but of groups left alone.
+
+    Where parameters were put into a group or taken out by hand, its names are those of others, and positions tell more.
+    """
     for i, group in enumerate(param_groups):
-        for j, p in enumerate(group["params"] if group.get(CHOICE, True) else ()):
-            yield group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]", p, group
+        params = group["params"] if group.get(CHOICE, True) else ()
+        names = group.get("param_names", ())
+        are_theirs = len(names) == len(params)
+        for j, p in enumerate(params):
+            yield names[j] if are_theirs else f"param_groups[{i}]['params'][{j}]", p, group
 
 
 def named_gradients(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Tensor]]:

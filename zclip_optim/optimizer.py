@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch.optim import Optimizer
 
-from zclip_optim.chain import Chain, given, is_list, set_where_it_is
+from zclip_optim.attributes import FIXED, refuse_another, refuse_late_option, set_on_base
+from zclip_optim.chain import Chain, given, is_list
 from zclip_optim.checkpoints import PLAIN_STATE, Checkpoints, publish
 from zclip_optim.checks import (
     check_base_optimizer,
@@ -85,8 +86,8 @@ class ZClipOptimizer(Optimizer):
             under several groups, whose ranks together hold all of it.
 
     Attributes:
-        base_optimizer: the wrapped optimizer.
-        parts: a list of the wrapped optimizers, which is one unless a list was given.
+        base_optimizer: the wrapped optimizer. Its public attributes are read and set here as well.
+        parts: a tuple of the wrapped optimizers, which is one unless a list was given.
         clipper: the `ZClip` that does the work.
         metrics: `ClipMetrics` of the last step: `grad_norm`, `clipped_norm`, `threshold`, `z_score`, `clip_coef`,
             `clipped`, `clip_rate` and more; ``metrics.as_dict()`` is ready for a logger. On an accelerator reading it
@@ -209,10 +210,10 @@ class ZClipOptimizer(Optimizer):
         return self.clipper.step_was_skipped
 
     @property
-    def parts(self) -> list[Any]:
-        """The wrapped optimizers; a list of one, unless several were given."""
+    def parts(self) -> tuple[Any, ...]:
+        """The wrapped optimizers; one, unless several were given."""
         base = self.base_optimizer
-        return base.parts if isinstance(base, Chain) else [base]
+        return base.parts if isinstance(base, Chain) else (base,)
 
     # The base optimizer replaces these objects when it loads a checkpoint, and trainers assign them: never aliases.
 
@@ -365,9 +366,14 @@ class ZClipOptimizer(Optimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A public attribute that the base optimizer has and this has not, such as SAM's `rho`, is set there."""
-        is_own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name) or name in ATTRIBUTES
-        if is_own or not set_where_it_is(self.__dict__.get("base_optimizer"), name, value):
-            super().__setattr__(name, value)
+        own = self.__dict__
+        if name in FIXED and name in own:
+            refuse_another(name)
+        elif not (name.startswith("_") or name in own or hasattr(type(self), name) or name in ATTRIBUTES):
+            if set_on_base(own.get("base_optimizer"), name, value):
+                return
+            refuse_late_option(own.get("clipper"), name, value)
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without hooks, as torch does it, and a patched step(), which would step this; with a plain one's entries."""

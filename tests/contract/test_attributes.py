@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from training import backward, make_model, set_gradients, train
 
-from zclip_optim import ZClipOptimizer
+from zclip_optim import ZClip, ZClipOptimizer
 
 
 class NGD(torch.optim.Optimizer):
@@ -91,7 +92,7 @@ def test_sams_rho():
     assert sam.rho == 0.5
 
 
-@pytest.mark.parametrize("name", ["_private", "grad_scale", "found_inf", "note", "__doc__", "clipper", "step"])
+@pytest.mark.parametrize("name", ["_private", "grad_scale", "found_inf", "note", "__doc__", "step"])
 def test_others_stay_on_the_wrapper(name):
     _, optimizer = make()
     before = getattr(optimizer.base_optimizer, name, "none")
@@ -182,6 +183,62 @@ def test_a_method_that_is_replaced():
     backward(model, 0)
     optimizer.base_optimizer.zero_grad()
     assert model[0].weight.grad is None
+
+
+class TestRefused:
+    """What would be read back as set, and change nothing."""
+
+    def trained(self):
+        model = make_model()
+        optimizer = ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2))
+        train(model, optimizer, range(30))
+        return model, optimizer
+
+    @pytest.mark.parametrize(("name", "value"), [("z_thresh", 3.0), ("max_grad_norm", 1.0), ("nonfinite", "raise")])
+    def test_an_option_of_zclip_and_the_way_to_change_it(self, name, value):
+        model, optimizer = self.trained()
+        with pytest.raises(
+            AttributeError, match=rf"^{name} is .*, as the ZClipOptimizer was made\. To change it"
+        ) as raised:
+            setattr(optimizer, name, value)
+        assert name not in vars(optimizer)
+        optimizer.state_dict()
+        other = eval(re.search(r"ZClipOptimizer\(optimizer.*?, \.\.\.", str(raised.value))[0][: -len(", ...")] + ")")
+        assert getattr(other.clipper.config, name) == value
+        assert other.metrics.mean == optimizer.metrics.mean
+        train(model, other, [30])
+        assert other.metrics.step == 31
+
+    def test_a_subclass_may_keep_what_it_was_made_with(self):
+        class ClippedSGD(ZClipOptimizer):
+            def __init__(self, params, patience, max_grad_norm):
+                self.patience = patience
+                super().__init__(torch.optim.SGD(params, lr=0.1), patience=patience, max_grad_norm=max_grad_norm)
+                self.max_grad_norm = max_grad_norm
+
+        optimizer = ClippedSGD(make_model().parameters(), patience=200, max_grad_norm=1.0)
+        assert (optimizer.patience, optimizer.max_grad_norm) == (200, 1.0)
+
+    def test_an_option_that_the_base_has_too_is_the_bases(self):
+        base = NGD([nn.Parameter(torch.zeros(1))], num_data=1)
+        base.alpha = 0.5
+        optimizer = ZClipOptimizer(base)
+        optimizer.alpha = 0.7
+        assert (base.alpha, optimizer.clipper.config.alpha) == (0.7, 0.97)
+
+    def test_another_base_optimizer_or_clipper_and_the_way_to_have_it(self):
+        """Checkpoints were those of the first one."""
+        model, old = self.trained()
+        other = torch.optim.SGD(model.parameters(), lr=0.1)
+        for name, value in (("base_optimizer", other), ("clipper", ZClip())):
+            before = getattr(old, name)
+            with pytest.raises(AttributeError, match=f"^{name} of a ZClipOptimizer cannot be replaced"):
+                setattr(old, name, value)
+            assert getattr(old, name) is before
+        new = ZClipOptimizer(other)
+        new.clipper.load_state_dict(old.clipper.state_dict())
+        train(model, new, [30])
+        assert new.metrics.step == new.state_dict()["param_groups"][0]["zclip_step"] == 31
 
 
 class TestSeveral:
