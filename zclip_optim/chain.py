@@ -4,12 +4,24 @@ import inspect
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
+from zclip_optim.state import find_param_groups
+
 PARTS = "parts"  # the entry of a state dict that holds those of the parts as they are
 SWITCHES = ("train", "eval")  # of ScheduleFree, for every part that has them
+
+
+def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether it is any kind of list, such as Hydra's, and not an optimizer that is one."""
+    return isinstance(value, Sequence) and not hasattr(type(value), "step")
+
+
+def given(closure: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The positional arguments of a step; none where none were given, as some optimizers' take none."""
+    return (closure, *args) if args or closure is not None else ()
 
 
 class Chain:
@@ -30,8 +42,12 @@ class Chain:
         if not parts:
             raise ValueError("base_optimizer must be an optimizer or a list of optimizers, got an empty list")
         owners: dict[int, Any] = {}
-        for part in parts:
+        for i, part in enumerate(parts):
             _refuse_closure(part)
+            if any(part is other for other in parts[:i]):
+                raise ValueError(
+                    f"base_optimizer: the list has the same {type(part).__name__} twice, which would be stepped twice"
+                )
             for p in _params(part):
                 if owners.setdefault(id(p), part) is not part:
                     names = f"{type(owners[id(p)]).__name__} and {type(part).__name__}"
@@ -39,17 +55,40 @@ class Chain:
                         f"base_optimizer: {names} hold the same parameter, of shape {tuple(p.shape)}, which would be "
                         "stepped twice: give each parameter to one of them"
                     )
-        self.parts = list(parts)
+        self.parts = tuple(parts)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The param groups of all parts in a row, the same dicts."""
-        return [group for part in self.parts for group in part.param_groups]
+        """The param groups of all parts in a row, the same dicts; a list that can be edited in place, as far as it is
+        clear which part is meant.
+        """
+        return _Groups([group for part in self.parts for group in part.param_groups], self)
 
     @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        for part, groups in zip(self.parts, self._shared_out(value), strict=True):
+    def param_groups(self, value: Sequence[dict[str, Any]]) -> None:
+        for part, groups in zip(self.parts, self.shares(value), strict=True):
             part.param_groups = groups
+
+    def shares(self, groups: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """What each part has of these groups: its own, those that are left of them; or new ones in their places.
+
+        Raises:
+            ValueError: it is not clear whose they are.
+        """
+        owners = {id(group): i for i, part in enumerate(self.parts) for group in part.param_groups}
+        whose = [owners.get(id(group), -1) for group in groups]
+        if -1 not in whose and whose == sorted(whose) and len(set(map(id, groups))) == len(groups):
+            pairs = list(zip(whose, groups, strict=True))
+            return [[group for owner, group in pairs if owner == i] for i in range(len(self.parts))]
+        shares = self._shared_out(groups, ". To add one, call add_param_group of the one meant, optimizer.parts[i]")
+        for i, (part, share) in enumerate(zip(self.parts, shares, strict=True)):
+            others = [owners[id(group)] for group in share if owners.get(id(group), i) != i]
+            if others:
+                raise ValueError(
+                    f"a param group of optimizer.parts[{others[0]}] stands in the place of one of "
+                    f"optimizer.parts[{i}], {type(part).__name__}: the groups must stay in the order of the parts"
+                )
+        return shares
 
     @property
     def state(self) -> "_States":
@@ -72,11 +111,18 @@ class Chain:
         for part in self.parts:
             part.defaults.update(value)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Evaluate the closure, if there is one, once for all parts, and step each; the closure's loss."""
-        loss = None if closure is None else closure()
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate the closure, if there is one, once for all parts, and step each; the closure's loss.
+
+        Args:
+            closure: as of any optimizer.
+            *args, **kwargs: what each part's step gets as well.
+        """
+        loss = None
+        if callable(closure):
+            loss, closure = closure(), None
         for part in self.parts:
-            part.step()
+            part.step(*given(closure, args), **kwargs)
         return loss
 
     def zero_grad(self, **options: Any) -> None:
@@ -122,14 +168,11 @@ class Chain:
                 raise ValueError(
                     f"the state dict is of {len(state_dict[PARTS])} optimizers, this is a list of {len(self.parts)}"
                 )
+            for part, saved in zip(self.parts, state_dict[PARTS], strict=True):
+                _refuse_other_sizes(find_param_groups(saved), find_param_groups(part.state_dict()))
             return list(state_dict[PARTS])
         shares = self._shared_out(state_dict["param_groups"])
-        for saved, own in zip(itertools.chain(*shares), self.param_groups, strict=True):
-            if len(saved["params"]) != len(own["params"]):
-                raise ValueError(
-                    f"a param group of the state dict has {len(saved['params'])} parameters, the one here "
-                    f"{len(own['params'])}"
-                )
+        _refuse_other_sizes(list(itertools.chain(*shares)), self.param_groups)
         own_dicts = []
         for groups in shares:
             numbers = {number: i for i, number in enumerate(_numbers(groups))}
@@ -137,11 +180,11 @@ class Chain:
             own_dicts.append({"state": state, "param_groups": _renumbered(groups, numbers)})
         return own_dicts
 
-    def _shared_out(self, groups: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    def _shared_out(self, groups: Sequence[dict[str, Any]], instead: str = "") -> list[list[dict[str, Any]]]:
         """As many of these groups as each part has."""
         sizes = [len(part.param_groups) for part in self.parts]
         if len(groups) != sum(sizes):
-            raise ValueError(f"there are {len(groups)} param groups for optimizers that have {sizes}")
+            raise ValueError(f"there are {len(groups)} param groups for optimizers that have {sizes}{instead}")
         rest = iter(groups)
         return [list(itertools.islice(rest, size)) for size in sizes]
 
@@ -158,6 +201,47 @@ class Chain:
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.parts))
+
+
+class _Groups(list[dict[str, Any]]):
+    """The param groups of several optimizers at the time of a look: an edit in place is one of theirs, or is refused.
+
+    Args:
+        groups: all of them.
+        chain: the optimizers.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], chain: Chain) -> None:
+        super().__init__(groups)
+        self._chain = chain
+
+    def edit(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Do with the parts' groups what a method of `list` would do with this."""
+        chain, edited = self._chain, list(self)
+        if list(map(id, chain.param_groups)) != list(map(id, self)):
+            raise ValueError("these param groups are of an earlier look: edit optimizer.param_groups itself")
+        result = method(edited, *args, **kwargs)
+        for part, share in zip(chain.parts, chain.shares(edited), strict=True):
+            if part.param_groups is part.param_groups:
+                part.param_groups[:] = share
+            else:  # made anew at every look
+                part.param_groups = share
+        super().__setitem__(slice(None), edited)
+        return self if result is edited else result
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """A copy is a plain list."""
+        return list, (list(self),)
+
+
+def _edit_by(method: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: self.edit(method, *args, **kwargs)
+
+
+for _name in ("append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"):
+    setattr(_Groups, _name, _edit_by(getattr(list, _name)))
+for _name in ("delitem", "iadd", "imul", "setitem"):
+    setattr(_Groups, f"__{_name}__", _edit_by(getattr(list, f"__{_name}__")))
 
 
 class _States(MutableMapping[Any, Any]):
@@ -177,6 +261,26 @@ class _States(MutableMapping[Any, Any]):
 
     def __getitem__(self, p: Any) -> Any:
         return self._of(p)[p]
+
+    # The inherited ones ask with [], which makes an entry where there is none.
+
+    def get(self, p: Any, default: Any = None) -> Any:
+        """The state of a parameter, if it has one."""
+        return self._of(p).get(p, default) if p in self else default
+
+    def pop(self, p: Any, *default: Any) -> Any:
+        """Take the state of a parameter out."""
+        if p in self:
+            return super().pop(p)
+        if not default:
+            raise KeyError(p)
+        return default[0]
+
+    def setdefault(self, p: Any, default: Any = None) -> Any:
+        """The state of a parameter, which is `default` from now on if it has none."""
+        if p not in self:
+            self[p] = default
+        return self[p]
 
     def __setitem__(self, p: Any, value: Any) -> None:
         self._of(p)[p] = value
@@ -205,6 +309,18 @@ def _refuse_closure(part: Any) -> None:
             f"base_optimizer: {type(part).__name__} cannot be one of several optimizers, since its step() needs a "
             "closure, to evaluate it where it has moved its own parameters"
         )
+
+
+def _refuse_other_sizes(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
+    """Before the first part loads: a later one would refuse them when that has loaded."""
+    if len(saved) != len(own):
+        raise ValueError(f"a part of the state dict has {len(saved)} param groups, the one here {len(own)}")
+    for there, here in zip(saved, own, strict=True):
+        if len(there["params"]) != len(here["params"]):
+            raise ValueError(
+                f"a param group of the state dict has {len(there['params'])} parameters, the one here "
+                f"{len(here['params'])}"
+            )
 
 
 def _is_plain(state_dict: Any) -> bool:

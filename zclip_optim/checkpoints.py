@@ -18,6 +18,7 @@ from zclip_optim.clipper import ZClip
 from zclip_optim.gradients import CHOICE, choices
 from zclip_optim.state import SavedState, find_param_groups, from_flat, from_state_dict, to_flat
 
+PLAIN_STATE = ("param_groups", "state", "defaults")  # what the `__getstate__` of torch's optimizers has
 OWN_ENTRY = "zclip"  # of a state dict whose base optimizer saves nothing of the param groups
 
 
@@ -105,9 +106,20 @@ class Checkpoints:
             self.clipper._restore(found)
         self._write()
 
+    def put_into_base(self, state: Mapping[str, Any]) -> None:
+        """Hand entries of a plain optimizer's `__getstate__` to the base optimizer, as if it had loaded them."""
+        self.before_load(0)
+        if hasattr(self.base, "__setstate__"):
+            self.base.__setstate__(state)
+        else:
+            for name in filter(state.__contains__, PLAIN_STATE):
+                setattr(self.base, name, state[name])
+        for part in range(len(self.parts)):
+            self.after_load(part)
+
     def _write(self) -> None:
         for group, choice in zip(self.base.param_groups, self._chosen, strict=False):
-            group.setdefault(CHOICE, choice)  # in a checkpoint of a bare optimizer there is none
+            group[CHOICE] = choice  # as it was: what is clipped is no more restored than other options of ours are
         publish(self.clipper, self.base.param_groups)
 
     def _found_in(self, param_groups: Sequence[Any], otherwise: str) -> SavedState | None:

@@ -8,13 +8,14 @@ by the names of their classes, so that no package is imported for it, also where
 import difflib
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -88,6 +89,22 @@ FOREIGN = (
         "torchao's, which copies the gradients to the host while backward runs and waits for them only in its step()",
         "Use fully_shard with CPUOffloadPolicy, or torchao's optimizers of 8 or 4 bits, which can be wrapped",
     ),
+    Foreign(
+        "BaseOptimizer",
+        ("keras",),
+        "Keras', whose apply() takes the gradients as arguments",
+        "Clip in train_step, with a clipper = zclip_optim.ZClip() made once: after loss.backward() "
+        "clipper.step([v.value for v in self.trainable_weights]), then self.optimizer.apply(...), unless "
+        "clipper.step_was_skipped",
+    ),
+    Foreign(
+        "DistributedOptimizer",
+        ("torch",),
+        "RPC's, whose parameters and gradients lie on other workers",
+        "Each worker can clip by the norm of its own parameters: DistributedOptimizer(ClippedSGD, parameters, lr=0.1), "
+        "with class ClippedSGD(ZClipOptimizer) whose __init__(self, params, **options) calls "
+        "super().__init__(torch.optim.SGD(params, **options))",
+    ),
 )
 
 UPDATES = {  # methods of known optimizers that update parameters, all or one, and are not step()
@@ -112,16 +129,39 @@ def check_base_optimizer(base_optimizer: Any, wrapper: type) -> None:
             f"base_optimizer must be an optimizer instance, got the class {base_optimizer.__name__}; "
             f"write ZClipOptimizer({base_optimizer.__name__}(model.parameters(), ...))"
         )
-    missing = [name for name in INTERFACE if not hasattr(base_optimizer, name)]
-    if missing:  # not isinstance: ScheduleFreeWrapper, for one, is an optimizer without torch's base class
-        kind = type(base_optimizer).__name__
-        raise TypeError(f"base_optimizer must be an optimizer, got {kind}, which has no {', '.join(missing)}")
     for optimizer in with_those_inside(base_optimizer):
         reason = _why_not(optimizer, wrapper)
         if reason:
             raise TypeError(f"base_optimizer {'is' if optimizer is base_optimizer else 'holds'} {reason}")
+    kind = type(base_optimizer).__name__
+    missing = [name for name in INTERFACE if not hasattr(base_optimizer, name)]
+    if missing:  # not isinstance: ScheduleFreeWrapper, for one, is an optimizer without torch's base class
+        raise TypeError(
+            f"base_optimizer must be an optimizer, got {kind}, which has no {', '.join(missing)}"
+            f"{_instead_of(base_optimizer)}"
+        )
+    for i, group in enumerate(base_optimizer.param_groups):
+        if not isinstance(group, MutableMapping) or "params" not in group:
+            raise TypeError(
+                f"base_optimizer: param_groups[{i}] of {kind} is no dict with 'params', as torch's optimizers have "
+                f"them, but a {type(group).__name__}. Clip in the loop, with a clipper = zclip_optim.ZClip() made "
+                "once: clipper.step(model) after backward(), then the optimizer's step, unless clipper.step_was_skipped"
+            )
     if any(group.get("differentiable") for group in base_optimizer.param_groups):
         raise ValueError("base_optimizer must not have differentiable=True: clipping writes to the gradients in place")
+
+
+def _instead_of(thing: Any) -> str:
+    """What to write, where it can be guessed what somebody meant by what is no optimizer."""
+    if isinstance(thing, Mapping) and "params" in thing:
+        return (
+            ": it is a param group. A function that makes an optimizer of the class of others, such as torchrl's "
+            "group_optimizers, is to be called first: ZClipOptimizer(group_optimizers(first, second)); or pass a list, "
+            "ZClipOptimizer([first, second])"
+        )
+    if isinstance(thing, (Tensor, Module, Iterator)):
+        return ": write ZClipOptimizer(torch.optim.AdamW(model.parameters(), ...))"
+    return ""
 
 
 def with_those_inside(optimizer: Any) -> list[Any]:

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -124,9 +124,8 @@ class ZClip:
                 statistics that this step began with and changes neither them nor the metrics.
             kernels: of the optimizer that steps next, to which is left what they can do on an accelerator.
         """
-        if torch.compiler.is_compiling():  # else it would be compiled anew for every value of its floats
-            return bool(torch.compiler.disable(self._clip_now)(param_groups, new_step, kernels))  # type: ignore[no-untyped-call]
-        return self._clip_now(param_groups, new_step, kernels)
+        # Else it would be compiled anew for every value of its floats.
+        return bool(uncompiled(self._clip_now)(param_groups, new_step, kernels))
 
     def _clip_now(self, param_groups: ParamGroups, new_step: bool, kernels: Kernels | None) -> bool:
         gradients = self._gradients_of(param_groups)
@@ -257,6 +256,11 @@ class ZClip:
     def _saved_state(self, n_groups: int) -> SavedState:
         """What a checkpoint of so many param groups has."""
         return SavedState.of(self._wait_for_records_of(max(1, n_groups) if self.config.scope == "group" else 1))
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as torch.compile leaves it alone, wherever it is called."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function  # type: ignore[no-untyped-call]
 
 
 def as_param_groups(model_or_parameters: Any, process_groups: ShardGroups) -> ParamGroups:

@@ -5,16 +5,18 @@ step, before the parameters have moved, leaves all of it out; a later one gets z
 end what it began, and the parameters are put back to where the step found them.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.optim import LBFGS, Optimizer
 
 from zclip_optim.chain import Chain
+from zclip_optim.checks import with_those_inside
 from zclip_optim.clipper import ZClip
 from zclip_optim.fused import Kernels
-from zclip_optim.gradients import ParamGroups, collect_gradients, zero_gradients_
+from zclip_optim.gradients import ParamGroups, choices, collect_gradients, zero_gradients_
 from zclip_optim.health import NonFiniteGradientError
 
 STAGES = ("first_step", "second_step", "third_step")  # of SAM and its kin
@@ -34,13 +36,18 @@ class Evaluations:
         self._stayed_put = False  # in the last step with a closure
         self._begun: _Step | None = None  # in stages, of which some are to come
 
-    def step(self, base: Any, closure: Callable[[], Any], kernels: Kernels) -> Any:
-        """Let the base optimizer step with a closure; what it returns, or the loss if the step was left out."""
+    def step(self, base: Any, kernels: Kernels, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        """Let the base optimizer step with a closure, and with what is given beside it.
+
+        Returns:
+            What the base optimizer returns, or the loss if the step was left out.
+        """
         step = _Step(base, self.clipper, may_move=not self._stayed_put, kernels=kernels)
         clipping = _ClippingClosure(step, closure)
         try:
-            result = base.step(clipping)
+            result = base.step(clipping, *args, **kwargs)
         except _SkipStep as skipped:
+            count_left_out(base)
             return skipped.loss
         if not step.evaluations:
             name = type(base).__name__
@@ -65,9 +72,49 @@ class Evaluations:
                 step.end()
             return result
         step.end()  # the stages to come would go back to where an older one began
+        count_left_out(base)
         if args[:1] == (True,) or kwargs.get("zero_grad"):
             base.zero_grad()
         return None
+
+
+def count_left_out(base: Any) -> None:
+    """Have a step that was left out count for schedulers on an optimizer, or on one that it holds, as one that was
+    called: they warn of the wrong order of calls if there was none.
+    """
+    for optimizer in with_those_inside(base):
+        if hasattr(getattr(optimizer, "step", None), "_wrapped_by_lr_sched"):
+            optimizer._opt_called = True
+
+
+def refuse_arguments(optimizers: Iterable[Any], *args: Any, **kwargs: Any) -> None:
+    """Refuse arguments that the step of one of these optimizers does not take.
+
+    Raises:
+        TypeError: there are such arguments, or a closure that cannot be called; shows what the step takes.
+    """
+    for optimizer in optimizers:
+        name, signature = type(optimizer).__name__, _signature_of_step(optimizer)
+        try:
+            closure = signature.bind(*args, **kwargs).arguments.get("closure") if signature else None
+        except TypeError as error:
+            raise TypeError(
+                f"step() cannot hand on its arguments, since {name}.step{signature} does not take them: {error}"
+            ) from None
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure must be None or a function to call, got a {type(closure).__name__}")
+
+
+def _signature_of_step(optimizer: Any) -> inspect.Signature | None:
+    """None where it is not known, as of a step that is not written in Python."""
+    try:
+        signature = inspect.signature(optimizer.step)
+    except ValueError:
+        return None
+    parameters = list(signature.parameters.values())
+    if parameters and parameters[0].name == "self":  # as of the function that a scheduler sets on the instance
+        return signature.replace(parameters=parameters[1:])
+    return signature
 
 
 class _Step:
@@ -81,6 +128,7 @@ class _Step:
     """
 
     def __init__(self, base: Any, clipper: ZClip, may_move: bool = True, kernels: Kernels | None = None) -> None:
+        choices(base.param_groups)  # before the optimizer may have moved its parameters
         self.base, self.clipper, self.kernels = base, clipper, kernels
         self.is_watched = type(base) not in STAY_PUT
         needs_copy = may_move and self.is_watched and clipper.config.can_skip

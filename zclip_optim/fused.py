@@ -14,6 +14,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW
 from zclip_optim.gradients import Gradients
 
 FUSED = (Adam, AdamW, SGD, Adagrad)
+ATTRIBUTES = ("grad_scale", "found_inf")  # which GradScaler sets too, on the optimizer that it steps
 
 
 class Kernels:
@@ -36,7 +37,7 @@ class Kernels:
     def __exit__(self, *_: object) -> None:
         if self.scale_themselves:
             for optimizer in self.optimizers:
-                for name in ("grad_scale", "found_inf"):
+                for name in ATTRIBUTES:
                     optimizer.__dict__.pop(name, None)
 
     def scale(self, coef: Tensor) -> bool:

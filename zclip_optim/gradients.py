@@ -1,5 +1,6 @@
 """Gradients: where a norm comes from and a coefficient goes to."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -65,12 +66,13 @@ class Gradients:
 
     def __init__(self, param_groups: ParamGroups, scope: str) -> None:
         self.param_groups = param_groups
-        clipped = [group for group in param_groups if group.get(CHOICE, True)]
+        chosen = choices(param_groups)
+        clipped = list(itertools.compress(param_groups, chosen))
         self.device = _accelerator(clipped)
         if scope == "global":
             self.scopes = [clipped]
         else:
-            self.scopes = [[group] if group.get(CHOICE, True) else [] for group in param_groups]
+            self.scopes = [[group] if choice else [] for group, choice in zip(param_groups, chosen, strict=True)]
         self.local = [collect_gradients(groups) for groups in self.scopes]
 
     def norms(self) -> Any:
@@ -174,9 +176,9 @@ def choices(param_groups: Iterable[Mapping[str, Any]]) -> list[bool]:
         ValueError: one says something else than yes or no.
     """
     chosen = [group.get(CHOICE, True) for group in param_groups]
-    for i, choice in enumerate(chosen):
-        if type(choice) is not bool:
-            raise ValueError(f"{CHOICE!r} in param_groups[{i}] must be True or False, got {choice!r}")
+    if not set(map(type, chosen)) <= {bool}:
+        i, choice = next((i, choice) for i, choice in enumerate(chosen) if type(choice) is not bool)
+        raise ValueError(f"{CHOICE!r} in param_groups[{i}] must be True or False, got {choice!r}")
     return chosen
 
 
@@ -247,10 +249,16 @@ def describe_nonfinite(param_groups: ParamGroups, limit: int = 10) -> str:
 
 
 def named_params(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
-    """Name or position, parameter, and its group, but of groups left alone."""
+    """Name or position, parameter, and its group, but of groups left alone.
+
+    Where parameters were put into a group or taken out by hand, its names are those of others, and positions tell more.
+    """
     for i, group in enumerate(param_groups):
-        for j, p in enumerate(group["params"] if group.get(CHOICE, True) else ()):
-            yield group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]", p, group
+        params = group["params"] if group.get(CHOICE, True) else ()
+        names = group.get("param_names", ())
+        are_theirs = len(names) == len(params)
+        for j, p in enumerate(params):
+            yield names[j] if are_theirs else f"param_groups[{i}]['params'][{j}]", p, group
 
 
 def named_gradients(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -1,15 +1,15 @@
 """ZClipOptimizer: torch's optimizer contract around a ZClip, and nothing else."""
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch.optim import Optimizer
 
-from zclip_optim.chain import Chain
-from zclip_optim.checkpoints import Checkpoints, publish
+from zclip_optim.attributes import FIXED, refuse_another, refuse_late_option, set_on_base
+from zclip_optim.chain import Chain, given, is_list
+from zclip_optim.checkpoints import PLAIN_STATE, Checkpoints, publish
 from zclip_optim.checks import (
     check_base_optimizer,
     most_dimensions,
@@ -20,10 +20,11 @@ from zclip_optim.checks import (
     refuse_unexpected,
     refuse_unknown_shards,
 )
-from zclip_optim.clipper import ZClip
-from zclip_optim.evaluations import STAGES, Evaluations
-from zclip_optim.fused import Kernels
+from zclip_optim.clipper import ZClip, uncompiled
+from zclip_optim.evaluations import STAGES, Evaluations, count_left_out, refuse_arguments
+from zclip_optim.fused import ATTRIBUTES, Kernels
 from zclip_optim.gradients import CHOICE, choices
+from zclip_optim.hooks import make_hook_dicts, replaced, step_within_hooks
 from zclip_optim.metrics import ClipMetrics, ParameterNorm
 from zclip_optim.process_groups import ProcessGroups
 
@@ -50,7 +51,7 @@ class ZClipOptimizer(Optimizer):
         base_optimizer: the optimizer to wrap, an instance of any class; may be trained already. Or a list of them, over
             parameters of one model: they step together, under one norm; a closure is evaluated once for all. What gives
             each rank a part of the parameters (ZeroRedundancyOptimizer) is to be wrapped itself: made by it, this would
-            measure that part.
+            measure that part. RPC's DistributedOptimizer makes one on each worker, with the norm of the part there.
         alpha: smoothing factor of the running statistics, 0 <= alpha < 1.
         z_thresh: z-score above which a step is a spike, in standard deviations, > 0.
         mode: "zscore", or "percentile" to clip spikes to mu + z_thresh * sigma whatever `clip_option` is.
@@ -85,8 +86,8 @@ class ZClipOptimizer(Optimizer):
             under several groups, whose ranks together hold all of it.
 
     Attributes:
-        base_optimizer: the wrapped optimizer.
-        parts: a list of the wrapped optimizers, which is one unless a list was given.
+        base_optimizer: the wrapped optimizer. Its public attributes are read and set here as well.
+        parts: a tuple of the wrapped optimizers, which is one unless a list was given.
         clipper: the `ZClip` that does the work.
         metrics: `ClipMetrics` of the last step: `grad_norm`, `clipped_norm`, `threshold`, `z_score`, `clip_coef`,
             `clipped`, `clip_rate` and more; ``metrics.as_dict()`` is ready for a logger. On an accelerator reading it
@@ -96,8 +97,8 @@ class ZClipOptimizer(Optimizer):
             `z_skip`.
 
     Raises:
-        TypeError: `base_optimizer` is not an optimizer instance, or it is or holds a ZClipOptimizer, or one that a
-            trainer has prepared (Accelerate, Fabric, Lightning, Opacus): wrap first, then prepare.
+        TypeError: `base_optimizer` is not an optimizer instance, or its param groups are no dicts, or it is or holds a
+            ZClipOptimizer, or one that a trainer has prepared (Accelerate, Fabric, Lightning, Opacus): wrap first.
         ValueError: an argument is out of its range; names the argument, the value and the range. Or the parameters are
             FSDP1's, or in a distributed run experts (plain, `allreduce` False), and `process_group` does not say who
             holds the others; or it maps other parameters; or DeepSpeed ZeRO or Megatron keeps gradients elsewhere.
@@ -147,30 +148,21 @@ class ZClipOptimizer(Optimizer):
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("self", "base_optimizer", "unexpected")}
         refuse_unexpected(unexpected, options)
-        parts = base_optimizer if isinstance(base_optimizer, (list, tuple)) else [base_optimizer]
+        parts: list[Any] = list(base_optimizer) if is_list(base_optimizer) else [base_optimizer]
         for part in parts:
             check_base_optimizer(part, ZClipOptimizer)
-        self.base_optimizer: Any = Chain(parts) if parts is base_optimizer else base_optimizer
-        self.clipper = ZClip(**options)
+        self.clipper = ZClip(**options)  # before there is a base optimizer, which may have an attribute of that name
+        self.base_optimizer: Any = Chain(parts) if is_list(base_optimizer) else base_optimizer
         for part in parts:
             refuse_foreign_gradients(part, self._params())
         refuse_unknown_shards(self.param_groups, self.clipper._process_groups)
         refuse_parameters_of_others(self.clipper._process_groups, self._params())
         # Not Optimizer.__init__, which would, through the properties below, empty the base optimizer.
-        self._make_hook_dicts()
+        make_hook_dicts(self)
         self._has_stepped = False  # or was asked to, in this process
         self._dimensions = most_dimensions(self._params())  # until then
         self._evaluations = Evaluations(self.clipper)
         self._checkpoints = Checkpoints(self.base_optimizer, self.parts, self.clipper)
-
-    def _make_hook_dicts(self) -> None:
-        """What Optimizer.__init__ makes and the inherited register_*_hook methods fill."""
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._optimizer_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_state_dict_post_hooks = OrderedDict()
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
 
     @property
     def metrics(self) -> ClipMetrics:
@@ -218,10 +210,10 @@ class ZClipOptimizer(Optimizer):
         return self.clipper.step_was_skipped
 
     @property
-    def parts(self) -> list[Any]:
-        """The wrapped optimizers; a list of one, unless several were given."""
+    def parts(self) -> tuple[Any, ...]:
+        """The wrapped optimizers; one, unless several were given."""
         base = self.base_optimizer
-        return base.parts if isinstance(base, Chain) else [base]
+        return base.parts if isinstance(base, Chain) else (base,)
 
     # The base optimizer replaces these objects when it loads a checkpoint, and trainers assign them: never aliases.
 
@@ -254,12 +246,14 @@ class ZClipOptimizer(Optimizer):
     def defaults(self, value: dict[str, Any]) -> None:
         self.base_optimizer.defaults = value
 
-    def step(self, closure: Closure | None = None) -> Any:
+    def step(self, closure: Closure | None = None, *args: Any, **kwargs: Any) -> Any:
         """Clip the gradients if their norm is a spike, then let the base optimizer step.
 
         Args:
             closure: reevaluates the model, calls backward and returns the loss. The gradients of each evaluation are
                 clipped; the first one moves the statistics.
+            *args, **kwargs: what the base optimizer's step takes beside a closure, such as SophiaH's ``hessian``, and
+                hands on as it is; of several optimizers each gets them.
 
         Returns:
             What the base optimizer's step returns; for a skipped step the loss, or None without a closure.
@@ -267,30 +261,27 @@ class ZClipOptimizer(Optimizer):
         Raises:
             NonFiniteGradientError: the norm is NaN or infinite, with ``nonfinite="raise"`` or for the
                 `max_consecutive_nonfinite`-th time in a row; names the parameters.
+            TypeError: the base optimizer's step does not take the arguments. Nothing has changed then.
         """
         if not self._optimizer_step_pre_hooks and not self._optimizer_step_post_hooks:
-            return self._step(closure)
-        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
-        kwargs: dict[str, Any] = {}
-        for pre_hook in self._optimizer_step_pre_hooks.values():
-            args, kwargs = _replaced((args, kwargs), pre_hook(self, args, kwargs))
-        result = self._step(*args[1:], **kwargs)
-        for post_hook in self._optimizer_step_post_hooks.values():
-            post_hook(self, args, kwargs)
-        return result
+            return self._step(closure, *args, **kwargs)
+        return step_within_hooks(self, self._step, given(closure, args), kwargs)
 
     # Keeps torch from wrapping step() in its hooks: the global ones fire in the base optimizer's step, once per step.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _step(self, closure: Closure | None = None) -> Any:
+    def _step(self, closure: Closure | None = None, *args: Any, **kwargs: Any) -> Any:
         base = self.base_optimizer
         if not self._has_stepped:
-            look = self._look_at_first_step  # torch 2.9 cannot compile that it sets an attribute of an optimizer
-            torch.compiler.disable(look)() if torch.compiler.is_compiling() else look()  # type: ignore[no-untyped-call]
+            uncompiled(self._look_at_first_step)()  # torch 2.9 cannot compile that it sets an attribute of an optimizer
+        if args or kwargs or not (closure is None or callable(closure)):
+            uncompiled(refuse_arguments)(self.parts, *given(closure, args), **kwargs)
         with Kernels(self.parts) as kernels:
-            if closure is not None:
-                return self._evaluations.step(base, closure, kernels)
-            return base.step() if self.clipper._clip(base.param_groups, kernels=kernels) else None
+            if callable(closure):
+                return self._evaluations.step(base, kernels, closure, *args, **kwargs)
+            if self.clipper._clip(base.param_groups, kernels=kernels):
+                return base.step(*given(closure, args), **kwargs)
+        return uncompiled(count_left_out)(base)
 
     def _look_at_first_step(self) -> None:
         """What may have been done to the parameters since they were wrapped."""
@@ -341,22 +332,22 @@ class ZClipOptimizer(Optimizer):
             pre_hook(self)
         state_dict: dict[str, Any] = self._checkpoints.save()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = _replaced(state_dict, post_hook(self, state_dict))
+            state_dict = replaced(state_dict, post_hook(self, state_dict))
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer or of a bare base optimizer; with the latter the statistics start afresh.
 
         Args:
-            state_dict: what `state_dict` returned. Hyperparameters of ZClip are not saved: those given at construction
-                stay. Another run begins: each kind of `ZClipWarning` can be given again.
+            state_dict: what `state_dict` returned. Hyperparameters of ZClip are not restored: those given at
+                construction stay, and ``zclip`` of each param group. Each kind of `ZClipWarning` can be given again.
 
         Raises:
             ValueError: what ZClip saved in it is malformed; names the key. Nothing has changed then.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = _replaced(state_dict, pre_hook(self, state_dict))
+            state_dict = replaced(state_dict, pre_hook(self, state_dict))
         self._checkpoints.load(state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -365,7 +356,7 @@ class ZClipOptimizer(Optimizer):
         """Public names that only the base optimizer has, such as ScheduleFree's train() and eval()."""
         if hasattr(type(self), name):
             return object.__getattribute__(self, name)  # a property of ours failed: let its own AttributeError surface
-        if name.startswith("_") or name in ("base_optimizer", "grad_scale", "found_inf"):
+        if name.startswith("_") or name == "base_optimizer" or name in ATTRIBUTES:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         value = getattr(self.base_optimizer, name)
         if name in STAGES and callable(value):
@@ -373,21 +364,33 @@ class ZClipOptimizer(Optimizer):
         refuse_unclipped_update(name, value)
         return value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A public attribute that the base optimizer has and this has not, such as SAM's `rho`, is set there."""
+        own = self.__dict__
+        if name in FIXED and name in own:
+            refuse_another(name)
+        elif not (name.startswith("_") or name in own or hasattr(type(self), name) or name in ATTRIBUTES):
+            if set_on_base(own.get("base_optimizer"), name, value):
+                return
+            refuse_late_option(own.get("clipper"), name, value)
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
-        """Drops hooks, as torch does, and a step() that a scheduler patched, which would step this object."""
-        return {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
+        """Without hooks, as torch does it, and a patched step(), which would step this; with a plain one's entries."""
+        own = {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
+        base = self.base_optimizer
+        return {**own, **{name: getattr(base, name) for name in PLAIN_STATE if hasattr(base, name)}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._make_hook_dicts()
+        """Of a copy; or entries of a plain optimizer, as people give them to reset one."""
+        if "base_optimizer" not in state:
+            self._checkpoints.put_into_base(state)
+            return
+        self.__dict__.update({k: v for k, v in state.items() if k not in PLAIN_STATE})
+        make_hook_dicts(self)
 
     def __repr__(self) -> str:
         lines = repr(self.base_optimizer).splitlines()
         hidden = ("zclip_", f"{CHOICE}: True")  # the statistics are as of the last checkpoint
         base = "\n".join(line for line in lines if not line.lstrip().startswith(hidden))
         return f"{type(self).__name__} (\n{self.clipper!r}\n{base}\n)"
-
-
-def _replaced(value: Any, by: Any) -> Any:
-    """What a hook returned, if it returned something."""
-    return value if by is None else by

@@ -156,8 +156,16 @@ class TestAsOneOptimizer:
 
     def test_a_single_optimizer_is_a_list_of_one(self):
         inner = torch.optim.SGD(make_model().parameters())
-        assert ZClipOptimizer(inner).parts == [inner]
-        assert ZClipOptimizer([inner]).parts == [inner]
+        assert ZClipOptimizer(inner).parts == (inner,)
+        assert ZClipOptimizer([inner]).parts == (inner,)
+
+    @pytest.mark.parametrize("given", [lambda optimizer: optimizer, lambda optimizer: [optimizer]])
+    def test_one_that_is_added_later_is_not_lost_in_silence(self, given):
+        optimizer = ZClipOptimizer(given(torch.optim.SGD(make_model().parameters())))
+        with pytest.raises(AttributeError, match="append"):
+            optimizer.parts.append(torch.optim.SGD([nn.Parameter(torch.ones(1))]))
+        with pytest.raises(AttributeError, match="parts"):
+            optimizer.parts = [*optimizer.parts, torch.optim.SGD([nn.Parameter(torch.ones(1))])]
 
     def test_schedulers(self):
         _, optimizer = make()
@@ -402,6 +410,21 @@ class TestSaved:
         with pytest.raises(ValueError, match="of 1 optimizers, this is a list of 2"):
             optimizer.load_state_dict(nested)
         assert repr(optimizer.state_dict()) == repr(before)
+
+    def test_nor_does_what_does_not_fit_the_last_part_change_the_first(self):
+        """Where each part loads its own form."""
+        _, optimizer = trained(2, around_lookahead)
+        before = copy.deepcopy(optimizer.state_dict())
+        for change, says in (
+            (lambda groups: groups[0]["params"].pop(), "has 2 parameters, the one here 3"),
+            (lambda groups: groups.append(groups[0]), "has 2 param groups, the one here 1"),
+        ):
+            saved = copy.deepcopy(before)
+            saved["parts"][0]["base_optimizer"]["param_groups"][0]["lr"] = 7.0
+            change(saved["parts"][1]["param_groups"])
+            with pytest.raises(ValueError, match=says):
+                optimizer.load_state_dict(saved)
+            assert repr(optimizer.state_dict()) == repr(before)
 
 
 class TestRefused:

@@ -1,6 +1,8 @@
 """What is refused: each sentence says what to do instead, nothing has changed. tests/trainers has the real trainers."""
 
 import sys
+from collections import UserList
+from collections.abc import Sequence
 
 import pytest
 import pytorch_optimizer
@@ -38,6 +40,7 @@ FOREIGN = [
     ("_WrappedOptimizer", "ray.train.torch.train_loop_utils", "Wrap first, then prepare: prepare_optimizer"),
     ("OptimizerWrapper", "colossalai.interface.optimizer", "Wrap first, then prepare: booster.boost"),
     ("CPUOffloadOptimizer", "torchao.optim.cpu_offload", "Use fully_shard with CPUOffloadPolicy"),
+    ("DistributedOptimizer", "torch.distributed.optim.optimizer", "Each worker can clip .* ClippedSGD"),
 ]
 
 
@@ -60,6 +63,116 @@ def test_a_subclass_of_one_is_one():
 
     with pytest.raises(TypeError, match="Wrap first, then prepare"):
         ZClipOptimizer(Mine(sgd()))
+
+
+class ListConfig(UserList):
+    """Stands for Hydra's, a Sequence that is no list and has no other attributes."""
+
+    def __getattr__(self, name):
+        raise AttributeError(f"ListConfig does not support attribute access: {name}")
+
+
+class TestSequences:
+    @pytest.mark.parametrize("kind", [list, tuple, ListConfig])
+    def test_any_kind_is_taken(self, kind):
+        model = make_model()
+        parts = [torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.AdamW(model[2].parameters())]
+        optimizer = ZClipOptimizer(kind(parts))
+        train(model, optimizer, range(2))
+        assert optimizer.parts == tuple(parts)
+        assert optimizer.metrics.step == 2
+
+    def test_an_optimizer_that_is_a_sequence_is_one_optimizer(self):
+        class Container(torch.optim.SGD, Sequence):
+            def __len__(self):
+                return 1
+
+            def __getitem__(self, i):
+                return [self][i]
+
+        base = Container([nn.Parameter(torch.ones(2))], lr=1.0)
+        assert ZClipOptimizer(base).base_optimizer is base
+
+    def test_others_are_no_list_of_optimizers(self):
+        for thing, kind in (("adamw", "str"), ({"a": sgd()}, "dict"), (iter([sgd()]), "list_iterator")):
+            with pytest.raises(TypeError, match=f"must be an optimizer, got {kind}, which has no"):
+                ZClipOptimizer(thing)
+
+
+class TestWhatToWrite:
+    """Where somebody passes what is no optimizer, but it is clear how it came to that."""
+
+    def test_parameters(self):
+        model = make_model()
+        for thing in (model, model.parameters(), list(model.parameters()), next(model.parameters())):
+            with pytest.raises(TypeError, match=r"has no .*: write ZClipOptimizer\(torch\.optim\.AdamW\(model\.par"):
+                ZClipOptimizer(thing)
+
+    def test_param_groups_as_torchrls_group_optimizers_passes_them(self):
+        def group_optimizers(*optimizers):
+            """As torchrl's does it."""
+            params = []
+            for optimizer in optimizers:
+                params.extend(optimizer.param_groups)
+            return type(optimizers[0])(params)
+
+        first, second = sgd(), sgd()
+        with pytest.raises(TypeError, match=r"torchrl's .*Optimizer\(group_optimizers\(first, second\)\); or pass"):
+            group_optimizers(ZClipOptimizer(first), ZClipOptimizer(second))
+        assert len(ZClipOptimizer(group_optimizers(first, second)).param_groups) == 2
+        assert len(ZClipOptimizer([first, second]).param_groups) == 2
+
+    def test_keras(self):
+        class BaseOptimizer:
+            """Stands for Keras' Adam: no method of torch's optimizers."""
+
+            def apply(self, grads, trainable_variables): ...
+
+        BaseOptimizer.__module__ = "keras.src.optimizers.base_optimizer"
+        Adam = type("Adam", (BaseOptimizer,), {"__module__": "keras.src.optimizers.adam"})  # noqa: N806
+        with pytest.raises(
+            TypeError, match=r"is Keras', whose apply\(\) .*clipper\.step\(\[v\.value for v in self"
+        ) as raised:
+            ZClipOptimizer(Adam())
+        assert "unless clipper.step_was_skipped" in str(raised.value)
+
+    def test_a_worker_of_rpc(self):
+        """What the sentence says works, as `_LocalOptimizer` makes one from parameters and options."""
+
+        class ClippedSGD(ZClipOptimizer):
+            def __init__(self, params, **options):
+                super().__init__(torch.optim.SGD(params, **options))
+
+        params = [nn.Parameter(torch.ones(2))]
+        local = ClippedSGD(params, lr=0.1)
+        set_gradients(params, 2.0)
+        local.step()
+        assert local.metrics.grad_norm == pytest.approx(2.0)
+
+
+class TestGroupsThatAreNoDicts:
+    class TorchOpt:
+        """Stands for TorchOpt's optimizers: each group is a tuple of tensors."""
+
+        def __init__(self, params):
+            self.param_groups = [tuple(params)]
+
+        step = zero_grad = state_dict = load_state_dict = add_param_group = lambda self: None
+
+    @pytest.mark.parametrize("wrap", [lambda base: base, lambda base: [sgd(), base]])
+    def test_they_are_refused_with_the_way_to_clip(self, wrap):
+        base = self.TorchOpt(make_model().parameters())
+        match = (
+            r"param_groups\[0\] of TorchOpt is no dict with 'params', .* but a tuple\. Clip .* clipper\.step\(model\)"
+        )
+        with pytest.raises(TypeError, match=match):
+            ZClipOptimizer(wrap(base))
+
+    def test_so_are_dicts_without_parameters(self):
+        base = self.TorchOpt([])
+        base.param_groups = [{"lr": 0.1}]
+        with pytest.raises(TypeError, match=r"is no dict with 'params', .* but a dict"):
+            ZClipOptimizer(base)
 
 
 class Several(torch.optim.SGD):

@@ -33,6 +33,14 @@ def make():
     return model, ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), warmup_steps=5)
 
 
+class Momo(torch.optim.SGD):
+    """Stands for MoMo's, whose step takes the loss."""
+
+    def step(self, closure=None, loss=None):
+        super().step()
+        return loss
+
+
 def eager_run():
     model, optimizer = make()
     return train(model, optimizer, range(STEPS), OUTLIERS), optimizer.metrics
@@ -74,3 +82,46 @@ def test_compiled_model_and_step_with_the_default_backend():
         backward(compiled, i, i in OUTLIERS)
         step()
     torch.testing.assert_close(parameters(model), parameters(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_that_takes_more_than_a_closure():
+    model = make_model()
+    optimizer = ZClipOptimizer(Momo(model.parameters(), lr=1e-2))
+    step = torch.compile(optimizer.step, backend="eager")
+    for i in range(3):
+        backward(model, i)
+        assert step(loss=float(i)) == i
+    assert optimizer.metrics.step == 3
+    with pytest.raises(TypeError, match="does not take them"):
+        step(hessian=1)
+    assert optimizer.metrics.step == 3
+
+
+def test_a_step_that_a_scheduler_has_patched_is_compiled_once():
+    """Its patch sets an attribute in every step."""
+    model, optimizer = make()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100)
+    backend, counts = CountingBackend(), []
+    step = torch.compile(optimizer.step, backend=backend)
+    for i in range(5):
+        backward(model, i)
+        step()
+        scheduler.step()
+        counts.append(backend.graphs)
+    assert optimizer.metrics.step == 5
+    assert optimizer._opt_called
+    assert counts[2] == counts[-1]
+
+
+def test_a_list_of_optimizers():
+    model = make_model()
+    parts = [torch.optim.SGD(model[0].parameters(), lr=1e-2), torch.optim.AdamW(model[2].parameters(), lr=1e-2)]
+    optimizer = ZClipOptimizer(parts, warmup_steps=5)
+    backend, counts = CountingBackend(), []
+    step = torch.compile(optimizer.step, backend=backend)
+    for i in range(5):
+        backward(model, i)
+        step()
+        counts.append(backend.graphs)
+    assert optimizer.metrics.step == 5
+    assert counts[2] == counts[-1] >= 1

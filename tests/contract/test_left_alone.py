@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from pytorch_optimizer import SAM
 from training import make_model, parameters, set_gradients
 
 import zclip_optim.gradients
@@ -144,10 +145,37 @@ class TestSaved:
     def test_it_is_copied(self, copier):
         assert published(copier(make(False, True)[1])) == [False, True]
 
-    def test_as_any_option_of_a_group_it_comes_from_the_checkpoint(self):
-        saved = make(False, True)[1].state_dict()
-        optimizer = make(True, True)[1]
+    @pytest.mark.parametrize("by_itself", [False, True])
+    @pytest.mark.parametrize(("then", "now"), [((True, True), (False, True)), ((False, True), (True, None))])
+    def test_as_all_options_of_ours_it_stays_what_was_said_here(self, then, now, by_itself):
+        """An old checkpoint would clip again what is to be left alone from now on."""
+        saved = make(*then)[1].state_dict()
+        model, optimizer = make(*now)
+        (optimizer.base_optimizer if by_itself else optimizer).load_state_dict(saved)
+        expected = [choice is not False for choice in now]
+        assert [group["zclip"] for group in optimizer.param_groups] == published(optimizer) == expected
+        give_gradients(model)
+        optimizer.step()
+        assert optimizer.metrics.grad_norm == pytest.approx(5.0 if all(expected) else 4.0)
+
+    def test_what_was_said_after_construction_stays_too(self):
+        saved = make(True, True)[1].state_dict()
+        _, optimizer = make(True, True)
+        optimizer.param_groups[1]["zclip"] = False
         optimizer.load_state_dict(saved)
+        assert published(optimizer) == [True, False]
+
+    def test_in_a_list_of_optimizers_too(self):
+        def several(choice):
+            model = make_model()
+            groups = [{"params": model[0].parameters(), "zclip": choice}]
+            return ZClipOptimizer([torch.optim.SGD(groups, lr=0.1), torch.optim.SGD(model[2].parameters(), lr=0.1)])
+
+        saved = several(True).state_dict()
+        optimizer = several(False)
+        optimizer.load_state_dict(saved)
+        assert published(optimizer) == [False, True]
+        optimizer.parts[0].load_state_dict(several(True).parts[0].state_dict())
         assert published(optimizer) == [False, True]
 
     def test_a_checkpoint_that_does_not_say_leaves_it(self):
@@ -194,3 +222,36 @@ class TestNeitherTrueNorFalse:
         with pytest.raises(ValueError, match="must be True or False, got 1"):
             optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "zclip": 1})
         assert len(optimizer.param_groups) == 2
+
+    @pytest.mark.parametrize("scope", ["global", "group"])
+    @pytest.mark.parametrize("choice", [0, 1, "no", None, torch.tensor(False)])
+    def test_given_late_it_is_refused_in_the_step(self, scope, choice):
+        model, optimizer = make(True, True, scope=scope, max_grad_norm=1.0)
+        give_gradients(model)
+        optimizer.step()
+        give_gradients(model)
+        before, norms, metrics = parameters(model), norms_of(model), optimizer.metrics
+        optimizer.param_groups[1]["zclip"] = choice
+        match = re.escape(f"'zclip' in param_groups[1] must be True or False, got {choice!r}")
+        for take in (optimizer.step, lambda: optimizer.step(lambda: give_gradients(model))):
+            with pytest.raises(ValueError, match=match):
+                take()
+        with pytest.raises(ValueError, match=match):
+            ZClip(scope=scope).step(optimizer.param_groups)
+        assert torch.equal(parameters(model), before)
+        assert norms_of(model) == norms
+        assert optimizer.metrics == metrics
+        optimizer.param_groups[1]["zclip"] = False
+        optimizer.step()
+        assert published(optimizer) == [True, False]
+
+    @pytest.mark.parametrize("in_stages", [False, True])
+    def test_nor_does_sam_move_for_it(self, in_stages):
+        model = make_model()
+        optimizer = ZClipOptimizer(SAM(model.parameters(), torch.optim.SGD, lr=0.1))
+        optimizer.param_groups[0]["zclip"] = 0
+        give_gradients(model)
+        before = parameters(model)
+        with pytest.raises(ValueError, match="must be True or False, got 0"):
+            optimizer.first_step() if in_stages else optimizer.step(lambda: give_gradients(model))
+        assert torch.equal(parameters(model), before)

@@ -1,6 +1,7 @@
 """Which parameters the norm comes from: names, order, shares, and that they are those of the gradients at hand."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from training import make_model, set_gradients
 
 import zclip_optim.gradients
-from zclip_optim import ParameterNorm, ZClip, ZClipOptimizer
+from zclip_optim import NonFiniteGradientError, ParameterNorm, ZClip, ZClipOptimizer
 
 
 @pytest.fixture(params=["on the CPU", "as on an accelerator"])
@@ -156,3 +157,31 @@ class TestTheEngine:
         assert names(ZClip().norms_by_parameter(groups)) == ["q", first]
         with pytest.raises(ValueError, match="limit must be"):
             ZClip().norms_by_parameter(p, 0)
+
+
+class TestGroupsThatWereEditedByHand:
+    """The names of an optimizer made with `named_parameters()` are those of the parameters that it was made with."""
+
+    def make(self, **options):
+        model = make_model()
+        return model, ZClipOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), **options)
+
+    def test_a_parameter_without_a_name(self):
+        model, optimizer = self.make(nonfinite="raise")
+        extra = nn.Parameter(torch.ones(2))
+        optimizer.param_groups[0]["params"].append(extra)
+        set_gradients([*model.parameters(), extra], 1.0)
+        names = {each.name for each in optimizer.norms_by_parameter()}
+        assert names == {f"param_groups[0]['params'][{i}]" for i in range(5)}
+        extra.grad.fill_(math.nan)
+        with pytest.raises(NonFiniteGradientError, match=re.escape("param_groups[0]['params'][4] (2,)")):
+            optimizer.step()
+
+    def test_names_of_others(self):
+        model, optimizer = self.make()
+        del optimizer.param_groups[0]["params"][0]
+        set_gradients(model.parameters(), 1.0)
+        names = {each.name for each in optimizer.norms_by_parameter()}
+        assert names == {f"param_groups[0]['params'][{i}]" for i in range(3)}
+        del optimizer.param_groups[0]["param_names"][0]
+        assert {each.name for each in optimizer.norms_by_parameter()} == {"0.bias", "2.weight", "2.bias"}

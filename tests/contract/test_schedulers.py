@@ -1,9 +1,12 @@
 """Every scheduler gives the wrapper the learning rates that it gives the bare optimizer, also after loading."""
 
+import math
+
 import pytest
 import torch
+from pytorch_optimizer import SAM, Lookahead
 from torch.optim import lr_scheduler as lrs
-from training import make_model, train
+from training import backward, make_model, train
 
 from zclip_optim import ZClipOptimizer
 
@@ -70,3 +73,64 @@ def test_a_loaded_learning_rate_is_the_one_that_steps():
     train(model, optimizer, [0])
     scheduler.step()
     assert optimizer.base_optimizer.param_groups[0]["lr"] == 0.05
+
+
+def bad(model):
+    backward(model, 0)
+    model[0].weight.grad[0, 0] = math.nan
+
+
+class TestAFirstStepThatIsLeftOut:
+    """A scheduler on the base optimizer sees no step then, and torch would warn of the wrong order of calls."""
+
+    @pytest.mark.parametrize("with_closure", [False, True])
+    @pytest.mark.parametrize("is_held", [False, True])
+    def test_it_counts_for_a_scheduler_on_the_base_optimizer(self, is_held, with_closure):
+        model = make_model()
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = ZClipOptimizer(Lookahead(inner) if is_held else inner)
+        scheduler = lrs.StepLR(inner, 1, gamma=0.5)
+        if with_closure:
+            optimizer.step(lambda: bad(model))
+        else:
+            bad(model)
+            optimizer.step()
+        scheduler.step()
+        assert optimizer.step_was_skipped
+        assert inner.param_groups[0]["lr"] == 0.05
+
+    def test_for_one_on_a_part_of_a_list(self):
+        model = make_model()
+        parts = [torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.SGD(model[2].parameters(), lr=0.1)]
+        optimizer = ZClipOptimizer(parts)
+        schedulers = [lrs.StepLR(part, 1) for part in parts]
+        bad(model)
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+
+    def test_for_one_on_what_sam_steps_in_its_second_stage(self):
+        model = make_model()
+        sam = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+        optimizer = ZClipOptimizer(sam)
+        scheduler = lrs.StepLR(sam.base_optimizer, 1)
+        bad(model)
+        optimizer.first_step(zero_grad=True)
+        bad(model)
+        optimizer.second_step(zero_grad=True)
+        scheduler.step()
+        assert optimizer.step_was_skipped
+
+    def test_a_step_that_was_forgotten_is_still_warned_of(self):
+        base = torch.optim.SGD(make_model().parameters(), lr=0.1)
+        ZClipOptimizer(base)
+        with pytest.warns(UserWarning, match="before `optimizer.step"):
+            lrs.StepLR(base, 1).step()
+        assert not hasattr(base, "_opt_called")
+
+    def test_nothing_is_set_where_there_is_no_scheduler(self):
+        model = make_model()
+        optimizer = ZClipOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        bad(model)
+        optimizer.step()
+        assert not hasattr(optimizer.base_optimizer, "_opt_called")

@@ -632,6 +632,50 @@ class TestLoadedThroughTheBaseOptimizer:
         assert [m.step for m in other.group_metrics] == [m.step for m in optimizer.group_metrics]
         assert [m.mean for m in other.group_metrics] == [m.mean for m in optimizer.group_metrics]
 
+    @pytest.mark.parametrize("copier", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+    def test_parts_of_a_copied_list_load_for_the_copy(self, copier):
+        def make():
+            model = make_model()
+            parts = [torch.optim.SGD(model[0].parameters(), lr=0.01), torch.optim.AdamW(model[2].parameters())]
+            return model, ZClipOptimizer(parts)
+
+        model, optimizer = make()
+        train(model, optimizer, range(30))
+        optimizer.state_dict()
+        saved = through_disk(optimizer.parts[1].state_dict())
+        other_model, other = make()
+        train(other_model, other, range(7))
+        twin_model, twin = copier((other_model, other))
+        twin.parts[1].load_state_dict(saved)
+        assert (other.metrics.step, twin.metrics.step) == (7, 30)
+        train(twin_model, twin, [30])
+        other.parts[1].load_state_dict(saved)
+        assert (other.metrics.step, twin.metrics.step) == (30, 31)
+
+    def test_a_copy_of_a_copy_and_one_of_a_subclass(self):
+        class Subclass(ZClipOptimizer):
+            pass
+
+        saved, _ = self.saved()
+        optimizer = Subclass(adamw(make_model()))
+        twin = copy.deepcopy(pickle.loads(pickle.dumps(ZClipOptimizer(optimizer.base_optimizer))))
+        other = copy.deepcopy(copy.deepcopy(optimizer))
+        for each in (twin, other):
+            each.base_optimizer.load_state_dict(saved)
+            assert each.metrics.step == 40
+        assert optimizer.metrics.step == 0
+
+    @pytest.mark.parametrize("late", [False, True])
+    def test_one_that_was_reset_is_heard_too(self, late):
+        saved, _ = self.saved()
+        model = make_model()
+        optimizer = ZClipOptimizer(adamw(model))
+        if late:
+            train(model, optimizer, range(5))
+        optimizer.__setstate__({"state": {}})
+        optimizer.base_optimizer.load_state_dict(saved)
+        assert optimizer.metrics.step == 40
+
     def test_statistics_that_are_no_whole_are_told_of_and_change_nothing(self):
         saved, _ = self.saved()
         model = make_model()
