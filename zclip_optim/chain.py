@@ -62,7 +62,9 @@ class Chain:
         """The param groups of all parts in a row, the same dicts; a list that can be edited in place, as far as it is
         clear which part is meant.
         """
-        return _Groups([group for part in self.parts for group in part.param_groups], self)
+        groups = _Groups([group for part in self.parts for group in part.param_groups])
+        groups.chain = self
+        return groups
 
     @param_groups.setter
     def param_groups(self, value: Sequence[dict[str, Any]]) -> None:
@@ -121,8 +123,9 @@ class Chain:
         loss = None
         if callable(closure):
             loss, closure = closure(), None
+        positional = given(closure, args)
         for part in self.parts:
-            part.step(*given(closure, args), **kwargs)
+            part.step(*positional, **kwargs)
         return loss
 
     def zero_grad(self, **options: Any) -> None:
@@ -206,18 +209,15 @@ class Chain:
 class _Groups(list[dict[str, Any]]):
     """The param groups of several optimizers at the time of a look: an edit in place is one of theirs, or is refused.
 
-    Args:
-        groups: all of them.
+    Attributes:
         chain: the optimizers.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], chain: Chain) -> None:
-        super().__init__(groups)
-        self._chain = chain
+    chain: Chain
 
     def edit(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Do with the parts' groups what a method of `list` would do with this."""
-        chain, edited = self._chain, list(self)
+        chain, edited = self.chain, list(self)
         if list(map(id, chain.param_groups)) != list(map(id, self)):
             raise ValueError("these param groups are of an earlier look: edit optimizer.param_groups itself")
         result = method(edited, *args, **kwargs)

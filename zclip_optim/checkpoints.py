@@ -31,7 +31,7 @@ class Checkpoints:
         clipper: has the statistics.
     """
 
-    def __init__(self, base: Any, parts: Sequence[Any], clipper: ZClip) -> None:
+    def __init__(self, base: Any, parts: tuple[Any, ...], clipper: ZClip) -> None:
         self.base, self.parts, self.clipper = base, parts, clipper
         self._chosen = choices(base.param_groups)  # before a checkpoint is loaded
         self._are_told = True  # the hooks, of a checkpoint that is loaded

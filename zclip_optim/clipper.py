@@ -124,8 +124,9 @@ class ZClip:
                 statistics that this step began with and changes neither them nor the metrics.
             kernels: of the optimizer that steps next, to which is left what they can do on an accelerator.
         """
-        # Else it would be compiled anew for every value of its floats.
-        return bool(uncompiled(self._clip_now)(param_groups, new_step, kernels))
+        if torch.compiler.is_compiling():  # else it would be compiled anew for every value of its floats
+            return bool(uncompiled(self._clip_now)(param_groups, new_step, kernels))
+        return self._clip_now(param_groups, new_step, kernels)
 
     def _clip_now(self, param_groups: ParamGroups, new_step: bool, kernels: Kernels | None) -> bool:
         gradients = self._gradients_of(param_groups)

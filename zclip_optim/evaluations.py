@@ -6,15 +6,15 @@ end what it began, and the parameters are put back to where the step found them.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim import LBFGS, Optimizer
 
-from zclip_optim.chain import Chain
+from zclip_optim.chain import Chain, given
 from zclip_optim.checks import with_those_inside
-from zclip_optim.clipper import ZClip
+from zclip_optim.clipper import ZClip, uncompiled
 from zclip_optim.fused import Kernels
 from zclip_optim.gradients import ParamGroups, choices, collect_gradients, zero_gradients_
 from zclip_optim.health import NonFiniteGradientError
@@ -36,12 +36,25 @@ class Evaluations:
         self._stayed_put = False  # in the last step with a closure
         self._begun: _Step | None = None  # in stages, of which some are to come
 
-    def step(self, base: Any, kernels: Kernels, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        """Let the base optimizer step with a closure, and with what is given beside it.
+    def step(self, base: Any, kernels: Kernels, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Let the base optimizer step with a closure, or what its step takes in the place of one, and more.
 
         Returns:
             What the base optimizer returns, or the loss if the step was left out.
+
+        Raises:
+            TypeError: its step does not take these arguments.
         """
+        is_closure = callable(closure)
+        if args or kwargs or not is_closure:
+            uncompiled(refuse_arguments)(base, *given(closure, args), **kwargs)
+        if is_closure:
+            return self._evaluate(base, kernels, closure, *args, **kwargs)
+        if self.clipper._clip(base.param_groups, kernels=kernels):
+            return base.step(*given(closure, args), **kwargs)
+        return uncompiled(count_left_out)(base)
+
+    def _evaluate(self, base: Any, kernels: Kernels, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         step = _Step(base, self.clipper, may_move=not self._stayed_put, kernels=kernels)
         clipping = _ClippingClosure(step, closure)
         try:
@@ -87,13 +100,13 @@ def count_left_out(base: Any) -> None:
             optimizer._opt_called = True
 
 
-def refuse_arguments(optimizers: Iterable[Any], *args: Any, **kwargs: Any) -> None:
-    """Refuse arguments that the step of one of these optimizers does not take.
+def refuse_arguments(base: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse arguments that the step of an optimizer, or of one of several, does not take.
 
     Raises:
         TypeError: there are such arguments, or a closure that cannot be called; shows what the step takes.
     """
-    for optimizer in optimizers:
+    for optimizer in base.parts if isinstance(base, Chain) else (base,):
         name, signature = type(optimizer).__name__, _signature_of_step(optimizer)
         try:
             closure = signature.bind(*args, **kwargs).arguments.get("closure") if signature else None

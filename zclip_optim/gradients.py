@@ -1,6 +1,5 @@
 """Gradients: where a norm comes from and a coefficient goes to."""
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -66,13 +65,14 @@ class Gradients:
 
     def __init__(self, param_groups: ParamGroups, scope: str) -> None:
         self.param_groups = param_groups
-        chosen = choices(param_groups)
-        clipped = list(itertools.compress(param_groups, chosen))
+        clipped = [group for group in param_groups if group.get(CHOICE, True) is True]
+        if len(clipped) < len(param_groups):
+            choices(param_groups)  # each of the others must be False
         self.device = _accelerator(clipped)
         if scope == "global":
             self.scopes = [clipped]
         else:
-            self.scopes = [[group] if choice else [] for group, choice in zip(param_groups, chosen, strict=True)]
+            self.scopes = [[group] if group.get(CHOICE, True) else [] for group in param_groups]
         self.local = [collect_gradients(groups) for groups in self.scopes]
 
     def norms(self) -> Any:
@@ -176,9 +176,9 @@ def choices(param_groups: Iterable[Mapping[str, Any]]) -> list[bool]:
         ValueError: one says something else than yes or no.
     """
     chosen = [group.get(CHOICE, True) for group in param_groups]
-    if not set(map(type, chosen)) <= {bool}:
-        i, choice = next((i, choice) for i, choice in enumerate(chosen) if type(choice) is not bool)
-        raise ValueError(f"{CHOICE!r} in param_groups[{i}] must be True or False, got {choice!r}")
+    for i, choice in enumerate(chosen):
+        if type(choice) is not bool:
+            raise ValueError(f"{CHOICE!r} in param_groups[{i}] must be True or False, got {choice!r}")
     return chosen
 
 

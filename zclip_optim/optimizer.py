@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch.optim import Optimizer
 
-from zclip_optim.attributes import FIXED, refuse_another, refuse_late_option, set_on_base
+from zclip_optim.attributes import is_set, refuse_another, refuse_late_option, set_on_base
 from zclip_optim.chain import Chain, given, is_list
 from zclip_optim.checkpoints import PLAIN_STATE, Checkpoints, publish
 from zclip_optim.checks import (
@@ -21,7 +21,7 @@ from zclip_optim.checks import (
     refuse_unknown_shards,
 )
 from zclip_optim.clipper import ZClip, uncompiled
-from zclip_optim.evaluations import STAGES, Evaluations, count_left_out, refuse_arguments
+from zclip_optim.evaluations import STAGES, Evaluations, count_left_out
 from zclip_optim.fused import ATTRIBUTES, Kernels
 from zclip_optim.gradients import CHOICE, choices
 from zclip_optim.hooks import make_hook_dicts, replaced, step_within_hooks
@@ -162,7 +162,7 @@ class ZClipOptimizer(Optimizer):
         self._has_stepped = False  # or was asked to, in this process
         self._dimensions = most_dimensions(self._params())  # until then
         self._evaluations = Evaluations(self.clipper)
-        self._checkpoints = Checkpoints(self.base_optimizer, self.parts, self.clipper)
+        self._checkpoints = Checkpoints(self.base_optimizer, tuple(parts), self.clipper)
 
     @property
     def metrics(self) -> ClipMetrics:
@@ -212,8 +212,7 @@ class ZClipOptimizer(Optimizer):
     @property
     def parts(self) -> tuple[Any, ...]:
         """The wrapped optimizers; one, unless several were given."""
-        base = self.base_optimizer
-        return base.parts if isinstance(base, Chain) else (base,)
+        return self._checkpoints.parts
 
     # The base optimizer replaces these objects when it loads a checkpoint, and trainers assign them: never aliases.
 
@@ -263,25 +262,27 @@ class ZClipOptimizer(Optimizer):
                 `max_consecutive_nonfinite`-th time in a row; names the parameters.
             TypeError: the base optimizer's step does not take the arguments. Nothing has changed then.
         """
-        if not self._optimizer_step_pre_hooks and not self._optimizer_step_post_hooks:
-            return self._step(closure, *args, **kwargs)
-        return step_within_hooks(self, self._step, given(closure, args), kwargs)
+        if not self._has_stepped:
+            uncompiled(self._look_at_first_step)()  # torch 2.9 cannot compile that it sets an attribute of an optimizer
+        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+            return step_within_hooks(self, self._step_with, given(closure, args), kwargs)
+        return self._step_with(closure, *args, **kwargs) if kwargs or args or closure is not None else self._step()
 
     # Keeps torch from wrapping step() in its hooks: the global ones fire in the base optimizer's step, once per step.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _step(self, closure: Closure | None = None, *args: Any, **kwargs: Any) -> Any:
+    def _step(self) -> Any:
         base = self.base_optimizer
-        if not self._has_stepped:
-            uncompiled(self._look_at_first_step)()  # torch 2.9 cannot compile that it sets an attribute of an optimizer
-        if args or kwargs or not (closure is None or callable(closure)):
-            uncompiled(refuse_arguments)(self.parts, *given(closure, args), **kwargs)
         with Kernels(self.parts) as kernels:
-            if callable(closure):
-                return self._evaluations.step(base, kernels, closure, *args, **kwargs)
             if self.clipper._clip(base.param_groups, kernels=kernels):
-                return base.step(*given(closure, args), **kwargs)
+                return base.step()
         return uncompiled(count_left_out)(base)
+
+    def _step_with(self, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if closure is None and not args and not kwargs:
+            return self._step()
+        with Kernels(self.parts) as kernels:
+            return self._evaluations.step(self.base_optimizer, kernels, *given(closure, args), **kwargs)
 
     def _look_at_first_step(self) -> None:
         """What may have been done to the parameters since they were wrapped."""
@@ -366,14 +367,14 @@ class ZClipOptimizer(Optimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A public attribute that the base optimizer has and this has not, such as SAM's `rho`, is set there."""
-        own = self.__dict__
-        if name in FIXED and name in own:
-            refuse_another(name)
-        elif not (name.startswith("_") or name in own or hasattr(type(self), name) or name in ATTRIBUTES):
-            if set_on_base(own.get("base_optimizer"), name, value):
-                return
-            refuse_late_option(own.get("clipper"), name, value)
-        super().__setattr__(name, value)
+        if not (name.startswith("_") or hasattr(type(self), name) or name in ATTRIBUTES):
+            if is_set(self, name):
+                refuse_another(name)
+            elif is_set(self, "base_optimizer"):
+                if set_on_base(self.base_optimizer, name, value):
+                    return
+                refuse_late_option(self.clipper, name, value)
+        object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without hooks, as torch does it, and a patched step(), which would step this; with a plain one's entries."""
