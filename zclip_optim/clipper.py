@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zclip_optim.algorithm import NormStats, Scalar, ZClipConfig
 from zclip_optim.checks import (
     refuse_meta,
-    refuse_parameters_of_others,
     refuse_unknown_shards,
     refuse_unless_count,
     refuse_unmeasurable,
@@ -20,9 +19,10 @@ from zclip_optim.checks import (
 from zclip_optim.fused import Kernels, KernelScaler
 from zclip_optim.gradients import Gradients, ParamGroups, ReportedNorm, Scaler
 from zclip_optim.health import Health, NonFiniteGradientError
-from zclip_optim.layout import SHARD_GROUPS, ShardGroups, gradients_of, in_use
+from zclip_optim.layout import gradients_of
 from zclip_optim.metrics import ClipMetrics, ParameterNorm, combine, ranked
-from zclip_optim.process_groups import Parameters, ProcessGroups, as_groups, as_list, groups_in_model, kinds_of_others
+from zclip_optim.param_groups import KnownGroups, Places, as_param_groups
+from zclip_optim.process_groups import Parameters, ProcessGroups, as_groups
 from zclip_optim.running import DeviceState, HostState, Verdict
 from zclip_optim.state import SavedState, StepRecord, fresh_records, from_state_dict, to_flat
 
@@ -61,6 +61,7 @@ class ZClip:
         self._process_groups = as_groups(process_group)
         records = fresh_records(None)
         self._health = Health(self.config, records)
+        self._groups = KnownGroups()  # that the records are of, one of each, with scope="group"
         self._state: HostState | DeviceState = HostState(records)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ZClip":
@@ -137,6 +138,7 @@ class ZClip:
             raise
         if (self._health.missing or not any(gradients.local)) and new_step:
             self._health.count_missing(gradients.are_missing(norms))
+        self._follow(param_groups)
         if kernels is None or gradients.device is None:
             return self._step(norms, gradients, new_step, gradients)
         return self._step(norms, KernelScaler(gradients, kernels), new_step)
@@ -149,7 +151,7 @@ class ZClip:
 
     def _step(self, norms: Any, scaler: Scaler, new_step: bool, gradients: Gradients | None = None) -> bool:
         """Decide on norms and have it carried out; whether the optimizer may step. `gradients` serve the warnings."""
-        state = self._state_for(scaler.device, len(norms))
+        state = self._state_on(scaler.device)
         verdict = state.step(norms, self.config, new_step)
         if isinstance(state, DeviceState):
             may_step = self._apply_on_device(verdict, scaler, state)
@@ -189,14 +191,28 @@ class ZClip:
                 f"{where or 'none in this process'}"
             )
 
-    def _state_for(self, device: torch.device | None, n_scopes: int) -> HostState | DeviceState:
+    def _state_on(self, device: torch.device | None) -> HostState | DeviceState:
         """The state, where a step on this device goes on; moved there if it is elsewhere."""
-        state = self._state
-        if state.device != device or state.n_scopes != n_scopes:
-            records = self._wait_for_records_of(n_scopes)
-            state = self._state = HostState(records) if device is None else DeviceState(records, device)
-            self._health.go_on_from(records)
-        return state
+        if self._state.device != device:
+            self._go_on_from(self._wait_for_records(), device)
+        return self._state
+
+    def _follow(self, param_groups: ParamGroups, places: Places | None = None) -> None:
+        """Bring the records, if each is of a group, into the order of these; `places` says where they are now."""
+        if self.config.scope == "global" or (places is None and self._groups.are(param_groups)):
+            return
+        if places is None:
+            places = self._groups.places_of(param_groups)
+        if places != list(range(self._state.n_scopes)):
+            self._go_on_from(self._arranged(places), self._state.device)
+        self._groups.know(param_groups)
+
+    def _go_on_from(self, records: list[StepRecord], device: torch.device | None) -> None:
+        if (self._state.device, self._state.n_scopes) == (device, len(records)):
+            self._state.write(records)
+        else:
+            self._state = HostState(records) if device is None else DeviceState(records, device)
+        self._health.go_on_from(records)
 
     def _wait_for_records(self) -> list[StepRecord]:
         """The records of the last step. On an accelerator this waits for it, once, and is when warnings are given."""
@@ -205,11 +221,11 @@ class ZClip:
         self._health.check_when_read(records)
         return records
 
-    def _wait_for_records_of(self, n_scopes: int) -> list[StepRecord]:
-        """One per scope; a param group that was added later starts afresh."""
+    def _arranged(self, places: Places) -> list[StepRecord]:
+        """The records in another order; a group that has none starts afresh."""
         records = self._wait_for_records()
         new = StepRecord.before_any(NormStats(), records[0].counters)
-        return (records + [new] * (n_scopes - len(records)))[:n_scopes]
+        return [new if place is None or place >= len(records) else records[place] for place in places] or [new]
 
     @property
     def step_was_skipped(self) -> bool:
@@ -245,32 +261,16 @@ class ZClip:
         """
         self._restore(from_state_dict(state_dict, self.config.scope))
 
-    def _restore(self, saved: SavedState | None) -> None:
-        """Take over a parsed state; None starts afresh."""
+    def _restore(self, saved: SavedState | None, param_groups: ParamGroups | None = None) -> None:
+        """Take over a parsed state, of these groups, or of those that come next; None starts afresh."""
         records = fresh_records(saved)
-        if len(records) == self._state.n_scopes:
-            self._state.write(records)
-        else:
-            self._state = HostState(records)
+        self._go_on_from(records, self._state.device)
         self._health.restart(records)
+        self._groups = KnownGroups()
+        if param_groups is not None:
+            self._groups.know(param_groups)
 
-    def _saved_state(self, n_groups: int) -> SavedState:
-        """What a checkpoint of so many param groups has."""
-        return SavedState.of(self._wait_for_records_of(max(1, n_groups) if self.config.scope == "group" else 1))
-
-
-def as_param_groups(model_or_parameters: Any, process_groups: ShardGroups) -> ParamGroups:
-    """What `ZClip.step` takes as param groups, those of FSDP1 with the groups that hold their shards."""
-    if isinstance(model_or_parameters, nn.Module):
-        named = dict(model_or_parameters.named_parameters())
-        known = groups_in_model(model_or_parameters, process_groups) if in_use() else {}
-        groups: list[Any] = [{"params": list(named.values()), "param_names": list(named), SHARD_GROUPS: known}]
-    else:
-        items = as_list(model_or_parameters)
-        groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
-        groups = [{**group, "params": as_list(group["params"])} for group in groups]
-        wrong = kinds_of_others(p for group in groups for p in group["params"])
-        if wrong:
-            raise TypeError(f"model_or_parameters must be a module, parameters or param groups, got {wrong} among them")
-    refuse_parameters_of_others(process_groups, (p for group in groups for p in group["params"]))
-    return groups
+    def _saved_state(self, param_groups: ParamGroups) -> SavedState:
+        """What a checkpoint of these param groups has."""
+        is_one = self.config.scope == "global"
+        return SavedState.of(self._arranged([0] if is_one else self._groups.places_of(param_groups)))

@@ -70,7 +70,7 @@ class Gradients:
         if scope == "global":
             self.scopes = [clipped]
         else:
-            self.scopes = [[group] if group.get(CHOICE, True) else [] for group in param_groups]
+            self.scopes = [[group] if group.get(CHOICE, True) else [] for group in param_groups] or [[]]
         self.local = [collect_gradients(groups) for groups in self.scopes]
 
     def norms(self) -> Any:

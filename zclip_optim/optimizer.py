@@ -77,7 +77,7 @@ class ZClipOptimizer(Optimizer):
             `NonFiniteGradientError`, or "pass" the step on unscaled. It never enters the statistics.
         max_consecutive_nonfinite: with ``nonfinite="skip"``, raise at the so many-th such step in a row, >= 1; None:
             never. A fused kernel on an accelerator skips by itself: there it raises once `metrics` were read.
-        scope: "global" for one norm and one statistic, "group" for one per param group, by its position.
+        scope: "global" for one norm and one statistic, "group" for one per param group, which it stays with.
         process_group: process group, or several, over which squared norms are summed, for gradients that are shards
             held as plain tensors (FSDP1) and for pipeline stages; () for none: every rank holds all. DTensors need
             none. Or a mapping {group: parameters}, values iterables or modules, for experts held as plain tensors: the
