@@ -18,7 +18,7 @@ from zclip_optim.checks import (
 )
 from zclip_optim.fused import Kernels, KernelScaler
 from zclip_optim.gradients import Gradients, ParamGroups, ReportedNorm, Scaler
-from zclip_optim.health import Health, NonFiniteGradientError
+from zclip_optim.health import Health, nonfinite_error
 from zclip_optim.layout import gradients_of
 from zclip_optim.metrics import ClipMetrics, ParameterNorm, combine, ranked
 from zclip_optim.param_groups import KnownGroups, Places, as_param_groups
@@ -181,15 +181,10 @@ class ZClip:
 
     def _raise_if_told_to(self, norms: Iterable[Scalar], scaler: Scaler) -> None:
         record, limit = self._wait_for_records()[0], self.config.max_consecutive_nonfinite or math.inf
-        streak = record.nonfinite_streak
-        if record.failed and (self.config.nonfinite == "raise" or streak >= limit):
+        if record.failed and (self.config.nonfinite == "raise" or record.nonfinite_streak >= limit):
             # Whether a rank gets here with kernels of its own depends on what it has read before: no collective then.
             where = scaler.describe_nonfinite(ask_others=not (scaler.acts_later and self.config.nonfinite == "skip"))
-            raise NonFiniteGradientError(
-                f"the gradient norm is {math.hypot(*map(float, norms))}, after {record.decision.stats.step} finite "
-                f"steps, for {streak} in a row; gradients with NaN or infinite elements: "
-                f"{where or 'none in this process'}"
-            )
+            raise nonfinite_error(math.hypot(*map(float, norms)), record, where)
 
     def _state_on(self, device: torch.device | None) -> HostState | DeviceState:
         """The state, where a step on this device goes on; moved there if it is elsewhere."""

@@ -35,6 +35,17 @@ class NonFiniteGradientError(FloatingPointError):
     """The gradient norm was NaN or infinite, and `nonfinite` or `max_consecutive_nonfinite` says to stop."""
 
 
+def nonfinite_error(norm: float, record: StepRecord, where: str) -> NonFiniteGradientError:
+    """The error of a norm that is not finite, or that is too large for statistics."""
+    reason = f"gradients with NaN or infinite elements: {where or 'none in this process'}"
+    if math.isfinite(norm):
+        reason = "its square overflows"
+    return NonFiniteGradientError(
+        f"the gradient norm is {norm}, after {record.decision.stats.step} finite steps, for {record.nonfinite_streak} "
+        f"in a row; {reason}"
+    )
+
+
 class Health:
     """Watches the records go by: of every step, or, on an accelerator, of those after which they were read.
 
@@ -74,7 +85,7 @@ class Health:
             return
         for scope, record in enumerate(records):
             new = record.decision.stats
-            if record.norm >= self._largest[scope]:
+            if record.norm >= self._largest[scope] and new.step > record.before.step:
                 self._count_largest(scope, record.norm)
             if new.step >= self._next_check[scope] or new.streak > self._patience:
                 self._check_scope(scope, self._seen[scope].decision.stats, new, gradients)
@@ -83,8 +94,6 @@ class Health:
         self._seen = records
 
     def _count_largest(self, scope: int, norm: float) -> None:
-        if norm == math.inf:
-            return
         if norm * (1 - NO_SPREAD) > self._largest[scope] * (1 + NO_SPREAD):
             self._largest[scope], self._as_large[scope] = norm * (1 - NO_SPREAD), 0
         self._as_large[scope] += 1

@@ -74,7 +74,8 @@ class ZClipOptimizer(Optimizer):
             >= 1; None: never, as in the paper: after a lasting shift every step is clipped for ever. That protects
             optimizers of Adam's kind; with those whose steps are as long as their gradients, like SGD, use 200.
         nonfinite: what a NaN or infinite norm does: "skip" the step (gradients stay for inspection), "raise"
-            `NonFiniteGradientError`, or "pass" the step on unscaled. It never enters the statistics.
+            `NonFiniteGradientError`, or "pass" the step on unscaled. It never enters the statistics. A norm whose
+            square overflows, of 1e155 or more, is one.
         max_consecutive_nonfinite: with ``nonfinite="skip"``, raise at the so many-th such step in a row, >= 1; None:
             never. A fused kernel on an accelerator skips by itself: there it raises once `metrics` were read.
         scope: "global" for one norm and one statistic, "group" for one per param group, which it stays with.

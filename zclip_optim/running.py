@@ -55,7 +55,8 @@ def advance(
     Returns:
         The records of this step, the coefficients, both like `records`, and whether the optimizer must not step.
     """
-    where, failed = where_for(total), total - total != 0  # NaN, unless the total is finite
+    square = total * total
+    where, failed = where_for(total), square - square != 0  # NaN, unless it is finite, as `decide` has it
     refused = failed & (config.nonfinite != "pass")
     coefs, decisions = [], []
     for record, norm in zip(records, norms, strict=True):

@@ -324,3 +324,16 @@ def test_a_norm_that_is_often_the_same_but_not_the_largest_is_none():
 def test_without_norms_there_is_nothing_to_be_equal():
     assert messages([1.0, 1.1, *[0.0] * 500, *noise(300)]) == []
     assert messages([*noise(100), *[math.inf, math.nan] * 150, *noise(300)], nonfinite="pass") == []
+
+
+def test_a_norm_whose_square_overflows_is_not_the_largest_of_a_window():
+    clipper, p = ZClip(), nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    with pytest.warns(ZClipWarning, match="and none was larger: probably they were clipped before"):
+        for step, norm in enumerate(noise(300, spread=0.3)):
+            set_gradients([p], 1e170 if step == 250 else min(norm, 1.1))
+            clipper.step([p])
+            if step == 225:
+                clipper._health.restart(clipper._state.read())
+        for norm in noise(300, spread=0.3):
+            set_gradients([p], min(norm, 1.1))
+            clipper.step([p])

@@ -21,6 +21,7 @@ from training import backward, make_model, parameters, set_gradients, train
 import zclip_optim.algorithm
 import zclip_optim.clipper
 import zclip_optim.gradients
+import zclip_optim.norm
 from zclip_optim import NonFiniteGradientError, ZClip, ZClipOptimizer, ZClipWarning, running
 from zclip_optim.fused import Kernels
 from zclip_optim.gradients import scale_gradients_
@@ -447,6 +448,22 @@ class TestNonFinite:
         with pytest.raises(NonFiniteGradientError, match="norm is inf"):
             optimizer.step()
         assert not {"grad_scale", "found_inf"} & vars(base).keys()
+
+
+@pytest.mark.parametrize("scope", ["global", "group"])
+def test_where_statistics_are_float32_a_norm_whose_square_overflows_is_not_finite(scope, on_device, monkeypatch):
+    for module in (zclip_optim.norm, zclip_optim.gradients, running):
+        monkeypatch.setattr(module, "wide_dtype", lambda device: torch.float32)
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = ZClipOptimizer(sgd([{"params": [p]} for p in params]), warmup_steps=3, scope=scope)
+    for norm in (1.0, 1.1, 1.2, 2.5e19, 1.0):
+        set_gradients(params, norm)
+        optimizer.step()
+        assert optimizer.step_was_skipped == (norm > 1e19)
+    other = ZClipOptimizer(sgd([{"params": [p]} for p in params]), scope=scope)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.metrics.step == 4
+    assert all(0 < metrics.std < 2 for metrics in other.group_metrics)
 
 
 class TwoEvaluations(torch.optim.SGD):
