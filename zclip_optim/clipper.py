@@ -93,7 +93,8 @@ class ZClip:
         """Take a step for gradients that somebody else has measured and will scale, such as a sharded engine.
 
         Args:
-            norm: of all gradients on all ranks, and the same on each of them: a number or a tensor of one element.
+            norm: of all gradients on all ranks, and the same on each of them: a number or a tensor of one element. Or a
+                DTensor, as `torch.linalg.vector_norm` gives it: every rank of its mesh gets the whole one.
 
         Returns:
             The factor to scale the gradients with: 1.0 on most steps; on an accelerator a tensor of one element, for
@@ -101,7 +102,8 @@ class ZClip:
 
         Raises:
             NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
-            ValueError: ``scope="group"``, for which one norm is not enough.
+            TypeError: `norm` is something else.
+            ValueError: it is below 0; or ``scope="group"``, for which one norm is not enough.
 
         Example:
             >>> clipper = ZClip(max_grad_norm=1.0)

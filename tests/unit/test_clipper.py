@@ -448,6 +448,27 @@ class TestReportedNorm:
         with pytest.raises(NonFiniteGradientError, match=r"for 2 in a row; .* not known where only a norm"):
             clipper.decide(math.inf)
 
+    @pytest.mark.parametrize("norm", [-1.0, torch.tensor(-1.0), torch.tensor([-1], dtype=torch.int64)])
+    def test_a_mark_of_an_overflow_is_no_norm(self, norm, monkeypatch):
+        clipper = ZClip()
+        with pytest.raises(ValueError, match=r"norm must be >= 0, got -1.0; give math.inf where gradients"):
+            clipper.decide(norm)
+        assert clipper.state_dict() == ZClip().state_dict()
+        monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: True)
+        if isinstance(norm, torch.Tensor):  # which cannot be looked at
+            clipper.decide(norm)
+            assert clipper.step_was_skipped
+
+    @pytest.mark.parametrize("norm", [torch.ones(3), torch.ones(0), torch.ones(2, 2, device="meta"), [1.0], None, "1"])
+    def test_other_things_than_a_norm_are_refused(self, norm):
+        clipper = ZClip()
+        with pytest.raises(TypeError, match="norm must be a number or a tensor of one element, got"):
+            clipper.decide(norm)
+        assert clipper.state_dict() == ZClip().state_dict()
+
+    def test_a_norm_that_autograd_knows(self):
+        assert ZClip(max_grad_norm=1.0).decide(torch.tensor(4.0, requires_grad=True)) == 0.25
+
     def test_it_is_one_norm(self):
         with pytest.raises(ValueError, match="scope must be 'global', not 'group'"):
             ZClip(scope="group").decide(1.0)
