@@ -12,6 +12,7 @@ from torch import Tensor
 from zclip_optim.algorithm import NormStats, Scalar, ZClipConfig
 from zclip_optim.checks import (
     refuse_meta,
+    refuse_to_look,
     refuse_unknown_shards,
     refuse_unless_count,
     refuse_unmeasurable,
@@ -171,6 +172,7 @@ class ZClip:
         if not self.config.can_skip or (self._may_skip_unseen(state) and scaler.leaves_out(verdict.skip)):
             return True
         refuse_meta(state.device)
+        refuse_to_look(state.is_being_captured())
         if verdict.skip.item():  # the one thing that is ever read back in a step
             return False
         state.note_finite()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zclip_optim.algorithm import Decision, Scalar, ZClipConfig, decide, where_for
+from zclip_optim.checks import refuse_to_read
 from zclip_optim.health import ZClipWarning
 from zclip_optim.norm import wide_dtype
 from zclip_optim.state import Counters, StepRecord, was_skipped
@@ -137,13 +138,14 @@ class DeviceState:
     @torch.no_grad()
     def step(self, norms: Tensor, config: ZClipConfig, new_step: bool) -> Verdict:
         """Decide on the norms of all scopes, a tensor with an element for each; see `advance`."""
-        self._was_captured = self._was_captured or _is_capturing(self.values)
+        self._was_captured = self._was_captured or self.is_being_captured()
         self._is_behind = True
         return Verdict(*_advance_on(self.device.type, config, len(norms))(self.values, norms, config, new_step))
 
     def read(self) -> list[StepRecord]:
         """The records on the host, one per scope; waits for the device, but not twice for one step."""
         if self._is_behind:
+            refuse_to_read(self.is_being_captured())
             self.last_read = [StepRecord.unpack_numbers(row) for row in self.values.t().tolist()]
             self._is_behind = self._was_captured
         return self.last_read
@@ -153,6 +155,10 @@ class DeviceState:
         self.values.copy_(_packed(records))
         self.last_read = list(records)
         self._is_behind = self._was_captured
+
+    def is_being_captured(self) -> bool:
+        """Whether what is done now goes into a CUDA graph, so that nothing can be read."""
+        return _is_capturing(self.values)
 
     def note_finite(self) -> None:
         """Somebody has read that the norm of the last step was finite: that much of the records is known."""
