@@ -31,6 +31,8 @@ from zclip_optim.state import SavedState, StepRecord, fresh_records, from_state_
 class ZClip:
     """Adaptive gradient clipping without the optimizer wrapper, for training loops that keep their optimizer.
 
+    One for each network that is trained by itself, as those of a GAN are.
+
     Args:
         **options: the keyword arguments of `ZClipOptimizer`, with the same meaning, defaults and errors.
 
@@ -87,7 +89,9 @@ class ZClip:
             NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
             ValueError: `process_group` maps parameters that are not among these.
         """
-        self._clip(as_param_groups(model_or_parameters, self._process_groups))
+        param_groups = as_param_groups(model_or_parameters, self._process_groups)
+        self._health.check_turns(param_groups)
+        self._clip(param_groups)
         return math.hypot(*(record.norm for record in self._wait_for_records()))
 
     def decide(self, norm: float | Tensor) -> Any:

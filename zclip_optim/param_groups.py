@@ -1,6 +1,7 @@
 """Param groups: from what `ZClip.step` takes, and which of them are which of those before."""
 
 import operator
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -13,6 +14,10 @@ from zclip_optim.process_groups import as_list, groups_in_model, kinds_of_others
 
 Group: TypeAlias = Mapping[str, Any]
 Places: TypeAlias = list[int | None]
+RETURNS = 6  # to sets of parameters that were there before, after which they are there in turn
+LONG_TURN = 20  # steps of a turn; longer ones are stages of a training
+SETS = 8  # that are known at a time
+ORDERS = 100  # of the same set, after which nothing is looked at any more
 
 
 def as_param_groups(model_or_parameters: Any, process_groups: ShardGroups) -> ParamGroups:
@@ -82,6 +87,43 @@ class KnownGroups:
             if place is not None:
                 found[i] = place
                 del left[place]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class Turns:
+    """Whether steps are for several sets of parameters in turn, such as two networks.
+
+    A set is known by its first parameter, so that a step costs one comparison. Only where that is another one than in
+    the step before are all looked at, and seldom if it turns out to be the same set in another order.
+    """
+
+    def __init__(self) -> None:
+        self._firsts: list[weakref.ref[Any]] = []  # of sets without a parameter in common, the last one at the end
+        self._steps = 0  # of this turn
+        self._returns = 0  # to a set that was there before, in a row
+        self._orders = 0  # in which the same set was seen
+
+    def has_come_back(self, groups: ParamGroups) -> bool:
+        """Whether a step for these parameters makes it plain that there are several sets."""
+        first = next((group["params"][0] for group in groups if group["params"]), None)
+        self._steps += 1
+        if first is None or self._orders > ORDERS or (self._firsts and self._firsts[-1]() is first):
+            return False
+        return self._change(first, groups)
+
+    def _change(self, first: Any, groups: ParamGroups) -> bool:
+        firsts = [p for each in self._firsts if (p := each()) is not None]
+        steps, self._steps = self._steps, 0
+        if firsts and any(p is firsts[-1] for group in groups for p in group["params"]):
+            self._orders += 1
+            self._firsts, self._returns = [weakref.ref(first)], 0
+            return False
+        others = [p for p in firsts if p is not first]
+        self._firsts = [weakref.ref(p) for p in (*others[-SETS:], first)]
+        self._returns = self._returns + (len(others) < len(firsts)) if steps <= LONG_TURN else 0
+        return self._returns >= RETURNS
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
