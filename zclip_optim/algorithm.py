@@ -192,7 +192,8 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
 
         z_t = (g_t - mu) / (sigma + eps mu),   spike: z_t > z_thresh
 
-    A norm that is zero, infinite or NaN is left alone (coefficient 1) and never enters the statistics.
+    A norm that is zero or not finite is left alone (coefficient 1) and never enters the statistics. One whose square
+    overflows (1e155; 2e19 in float32) counts as infinite, since its variance would be.
 
     Args:
         norm: global gradient norm g_t, >= 0; a float, or a floating-point tensor.
@@ -204,7 +205,8 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
     """
     where = where_for(norm)
     mean, std, warm = stats.mean, stats.var**0.5, stats.step >= config.warmup_steps
-    usable = (norm > 0) & (norm < math.inf)
+    square = norm * norm
+    usable = (norm > 0) & (square < math.inf)
     g = where(usable, norm, 1.0)  # some number to go on with, where the norm is left alone
     # z_t = (g_t - mu) / (sigma + eps mu)
     scale = std + config.eps * mean
@@ -230,7 +232,7 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
     limit, z_score = where(is_spike, threshold, ordinary), where(warm, z, math.nan)
     too_far = is_spike & (z > config.z_skip) & (stats.streak < SKIPS_IN_A_ROW) if config.z_skip is not None else False
     clipped = Decision(capped / g, capped, limit, z_score, is_spike, too_far, after)
-    broken = (norm - norm != 0) & (config.nonfinite != "pass")  # NaN, unless the norm is finite
+    broken = (square - square != 0) & (config.nonfinite != "pass")  # NaN, unless the square is finite
     left_alone = Decision(1.0, norm, ordinary, math.nan, False, broken, stats)
     decision: Decision = where(usable, clipped, left_alone)
     return decision

@@ -19,6 +19,7 @@ from zclip_optim.gradients import CHOICE, choices
 from zclip_optim.state import SavedState, find_param_groups, from_flat, from_state_dict, to_flat
 
 PLAIN_STATE = ("param_groups", "state", "defaults")  # what the `__getstate__` of torch's optimizers has
+PLACES = "_places"  # of a pickle
 OWN_ENTRY = "zclip"  # of a state dict whose base optimizer saves nothing of the param groups
 
 
@@ -37,7 +38,7 @@ class Checkpoints:
         self._are_told = True  # the hooks, of a checkpoint that is loaded
         saved = self._found_in(base.param_groups, "start afresh")
         if saved is not None:
-            clipper._restore(saved)
+            clipper._restore(saved, base.param_groups)
         publish(clipper, base.param_groups)
         self._listen()
 
@@ -83,7 +84,7 @@ class Checkpoints:
             yield
         finally:
             self._are_told = True
-        self.clipper._restore(saved)
+        self.clipper._restore(saved, self.base.param_groups)
         self._write()
 
     def before_load(self, _: int) -> None:
@@ -96,14 +97,16 @@ class Checkpoints:
         """A part has loaded a checkpoint: go on from the statistics in its param groups, if there are any."""
         if not self._are_told:
             return
-        valid = self.clipper._saved_state(len(self.base.param_groups))
+        valid = self.clipper._saved_state(self.base.param_groups)
         found = self._found_in(self.parts[part].param_groups, "go on as they were")
         if found is not None and self.clipper.config.scope == "group":
             start = sum(len(other.param_groups) for other in self.parts[:part])
             end = start + len(found.stats)
             found = found._replace(stats=[*valid.stats[:start], *found.stats, *valid.stats[end:]])
         if found is not None and found != valid:
-            self.clipper._restore(found)
+            self.clipper._restore(found, self.base.param_groups)
+        else:
+            self.clipper._follow(self.base.param_groups)
         self._write()
 
     def put_into_base(self, state: Mapping[str, Any]) -> None:
@@ -139,7 +142,7 @@ class Checkpoints:
         """Whether they can be restored from these param groups of a state dict."""
         with contextlib.suppress(ValueError):
             found = from_flat(param_groups, self.clipper.config.scope)
-            return found is not None and found == self.clipper._saved_state(len(param_groups))
+            return found is not None and found == self.clipper._saved_state(self.base.param_groups)
         return False
 
     def _listen(self) -> None:
@@ -148,9 +151,15 @@ class Checkpoints:
                 optimizer.register_load_state_dict_pre_hook(_Hook(self.before_load, i))
                 optimizer.register_load_state_dict_post_hook(_Hook(self.after_load, i))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """With the places of the statistics of the param groups, by which a copy knows its own."""
+        return {**self.__dict__, PLACES: self.clipper._groups.places_of(self.base.param_groups)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, around a copy of the base optimizer, which has no hooks, or silent ones."""
+        places = state.pop(PLACES, None)
         self.__dict__.update(state)
+        self.clipper._follow(self.base.param_groups, places)
         self._listen()
 
 
@@ -160,7 +169,7 @@ def publish(clipper: ZClip, param_groups: Sequence[dict[str, Any]]) -> None:
     Raises:
         ValueError: a group's ``zclip`` is neither True nor False. Nothing has changed then.
     """
-    flats = itertools.cycle(to_flat(clipper._saved_state(len(param_groups)), clipper.config.scope))
+    flats = itertools.cycle(to_flat(clipper._saved_state(param_groups), clipper.config.scope))
     for group, choice, flat in zip(param_groups, choices(param_groups), flats, strict=False):
         group.update(flat, **{CHOICE: choice})
 

@@ -377,6 +377,33 @@ def refuse_meta(device: torch.device | None) -> None:
         )
 
 
+def refuse_to_look(is_captured: bool) -> None:
+    """Refuse to read whether a step is to be skipped while it is captured in a CUDA graph.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    if is_captured:
+        raise RuntimeError(
+            "a step that is captured in a CUDA graph cannot look whether it is to be skipped: use nonfinite='pass' "
+            "without z_skip, or a fused optimizer, which skips by itself (fused=True of Adam, AdamW, Adagrad, or SGD "
+            "without momentum; with nonfinite='skip', scope='global' and max_consecutive_nonfinite=None)"
+        )
+
+
+def refuse_to_read(is_captured: bool) -> None:
+    """Refuse to read statistics while a CUDA graph is captured.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    if is_captured:
+        raise RuntimeError(
+            "the statistics cannot be read while a CUDA graph is captured: capture the step of a ZClipOptimizer, or "
+            "ZClip.decide(), and leave what reads, as ZClip.step(), metrics and state_dict() do, for after it"
+        )
+
+
 def refuse_unless_count(name: str, value: Any) -> None:
     """Raise ValueError for an argument that is neither None nor an integer >= 1."""
     if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1):

@@ -3,32 +3,35 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zclip_optim.algorithm import NormStats, Scalar, ZClipConfig
 from zclip_optim.checks import (
     refuse_meta,
-    refuse_parameters_of_others,
+    refuse_to_look,
     refuse_unknown_shards,
     refuse_unless_count,
     refuse_unmeasurable,
 )
 from zclip_optim.fused import Kernels, KernelScaler
 from zclip_optim.gradients import Gradients, ParamGroups, ReportedNorm, Scaler
-from zclip_optim.health import Health, NonFiniteGradientError
-from zclip_optim.layout import SHARD_GROUPS, ShardGroups, gradients_of, in_use
+from zclip_optim.health import Health, nonfinite_error
+from zclip_optim.layout import gradients_of
 from zclip_optim.metrics import ClipMetrics, ParameterNorm, combine, ranked
-from zclip_optim.process_groups import Parameters, ProcessGroups, as_groups, as_list, groups_in_model, kinds_of_others
-from zclip_optim.running import DeviceState, HostState, Verdict
+from zclip_optim.param_groups import KnownGroups, Places, as_param_groups
+from zclip_optim.process_groups import Parameters, ProcessGroups, as_groups
+from zclip_optim.running import DeviceState, HostState, Verdict, uncompiled
 from zclip_optim.state import SavedState, StepRecord, fresh_records, from_state_dict, to_flat
 
 
 class ZClip:
     """Adaptive gradient clipping without the optimizer wrapper, for training loops that keep their optimizer.
+
+    One for each network that is trained by itself, as those of a GAN are.
 
     Args:
         **options: the keyword arguments of `ZClipOptimizer`, with the same meaning, defaults and errors.
@@ -61,6 +64,7 @@ class ZClip:
         self._process_groups = as_groups(process_group)
         records = fresh_records(None)
         self._health = Health(self.config, records)
+        self._groups = KnownGroups()  # that the records are of, one of each, with scope="group"
         self._state: HostState | DeviceState = HostState(records)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ZClip":
@@ -85,14 +89,17 @@ class ZClip:
             NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
             ValueError: `process_group` maps parameters that are not among these.
         """
-        self._clip(as_param_groups(model_or_parameters, self._process_groups))
+        param_groups = as_param_groups(model_or_parameters, self._process_groups)
+        self._health.check_turns(param_groups)
+        self._clip(param_groups)
         return math.hypot(*(record.norm for record in self._wait_for_records()))
 
     def decide(self, norm: float | Tensor) -> Any:
         """Take a step for gradients that somebody else has measured and will scale, such as a sharded engine.
 
         Args:
-            norm: of all gradients on all ranks, and the same on each of them: a number or a tensor of one element.
+            norm: of all gradients on all ranks, and the same on each of them: a number or a tensor of one element. Or a
+                DTensor, as `torch.linalg.vector_norm` gives it: every rank of its mesh gets the whole one.
 
         Returns:
             The factor to scale the gradients with: 1.0 on most steps; on an accelerator a tensor of one element, for
@@ -100,7 +107,8 @@ class ZClip:
 
         Raises:
             NonFiniteGradientError: see `nonfinite` and `max_consecutive_nonfinite` of `ZClipOptimizer`.
-            ValueError: ``scope="group"``, for which one norm is not enough.
+            TypeError: `norm` is something else.
+            ValueError: it is below 0; or ``scope="group"``, for which one norm is not enough.
 
         Example:
             >>> clipper = ZClip(max_grad_norm=1.0)
@@ -137,6 +145,7 @@ class ZClip:
             raise
         if (self._health.missing or not any(gradients.local)) and new_step:
             self._health.count_missing(gradients.are_missing(norms))
+        self._follow(param_groups)
         if kernels is None or gradients.device is None:
             return self._step(norms, gradients, new_step, gradients)
         return self._step(norms, KernelScaler(gradients, kernels), new_step)
@@ -149,7 +158,7 @@ class ZClip:
 
     def _step(self, norms: Any, scaler: Scaler, new_step: bool, gradients: Gradients | None = None) -> bool:
         """Decide on norms and have it carried out; whether the optimizer may step. `gradients` serve the warnings."""
-        state = self._state_for(scaler.device, len(norms))
+        state = self._state_on(scaler.device)
         verdict = state.step(norms, self.config, new_step)
         if isinstance(state, DeviceState):
             may_step = self._apply_on_device(verdict, scaler, state)
@@ -167,6 +176,7 @@ class ZClip:
         if not self.config.can_skip or (self._may_skip_unseen(state) and scaler.leaves_out(verdict.skip)):
             return True
         refuse_meta(state.device)
+        refuse_to_look(state.is_being_captured())
         if verdict.skip.item():  # the one thing that is ever read back in a step
             return False
         state.note_finite()
@@ -179,24 +189,33 @@ class ZClip:
 
     def _raise_if_told_to(self, norms: Iterable[Scalar], scaler: Scaler) -> None:
         record, limit = self._wait_for_records()[0], self.config.max_consecutive_nonfinite or math.inf
-        streak = record.nonfinite_streak
-        if record.failed and (self.config.nonfinite == "raise" or streak >= limit):
+        if record.failed and (self.config.nonfinite == "raise" or record.nonfinite_streak >= limit):
             # Whether a rank gets here with kernels of its own depends on what it has read before: no collective then.
             where = scaler.describe_nonfinite(ask_others=not (scaler.acts_later and self.config.nonfinite == "skip"))
-            raise NonFiniteGradientError(
-                f"the gradient norm is {math.hypot(*map(float, norms))}, after {record.decision.stats.step} finite "
-                f"steps, for {streak} in a row; gradients with NaN or infinite elements: "
-                f"{where or 'none in this process'}"
-            )
+            raise nonfinite_error(math.hypot(*map(float, norms)), record, where)
 
-    def _state_for(self, device: torch.device | None, n_scopes: int) -> HostState | DeviceState:
+    def _state_on(self, device: torch.device | None) -> HostState | DeviceState:
         """The state, where a step on this device goes on; moved there if it is elsewhere."""
-        state = self._state
-        if state.device != device or state.n_scopes != n_scopes:
-            records = self._wait_for_records_of(n_scopes)
-            state = self._state = HostState(records) if device is None else DeviceState(records, device)
-            self._health.go_on_from(records)
-        return state
+        if self._state.device != device:
+            self._go_on_from(self._wait_for_records(), device)
+        return self._state
+
+    def _follow(self, param_groups: ParamGroups, places: Places | None = None) -> None:
+        """Bring the records, if each is of a group, into the order of these; `places` says where they are now."""
+        if self.config.scope == "global" or (places is None and self._groups.are(param_groups)):
+            return
+        if places is None:
+            places = self._groups.places_of(param_groups)
+        if places != list(range(self._state.n_scopes)):
+            self._go_on_from(self._arranged(places), self._state.device)
+        self._groups.know(param_groups)
+
+    def _go_on_from(self, records: list[StepRecord], device: torch.device | None) -> None:
+        if (self._state.device, self._state.n_scopes) == (device, len(records)):
+            self._state.write(records)
+        else:
+            self._state = HostState(records) if device is None else DeviceState(records, device)
+        self._health.go_on_from(records)
 
     def _wait_for_records(self) -> list[StepRecord]:
         """The records of the last step. On an accelerator this waits for it, once, and is when warnings are given."""
@@ -205,11 +224,11 @@ class ZClip:
         self._health.check_when_read(records)
         return records
 
-    def _wait_for_records_of(self, n_scopes: int) -> list[StepRecord]:
-        """One per scope; a param group that was added later starts afresh."""
+    def _arranged(self, places: Places) -> list[StepRecord]:
+        """The records in another order; a group that has none starts afresh."""
         records = self._wait_for_records()
         new = StepRecord.before_any(NormStats(), records[0].counters)
-        return (records + [new] * (n_scopes - len(records)))[:n_scopes]
+        return [new if place is None or place >= len(records) else records[place] for place in places] or [new]
 
     @property
     def step_was_skipped(self) -> bool:
@@ -245,37 +264,16 @@ class ZClip:
         """
         self._restore(from_state_dict(state_dict, self.config.scope))
 
-    def _restore(self, saved: SavedState | None) -> None:
-        """Take over a parsed state; None starts afresh."""
+    def _restore(self, saved: SavedState | None, param_groups: ParamGroups | None = None) -> None:
+        """Take over a parsed state, of these groups, or of those that come next; None starts afresh."""
         records = fresh_records(saved)
-        if len(records) == self._state.n_scopes:
-            self._state.write(records)
-        else:
-            self._state = HostState(records)
+        self._go_on_from(records, self._state.device)
         self._health.restart(records)
+        self._groups = KnownGroups()
+        if param_groups is not None:
+            self._groups.know(param_groups)
 
-    def _saved_state(self, n_groups: int) -> SavedState:
-        """What a checkpoint of so many param groups has."""
-        return SavedState.of(self._wait_for_records_of(max(1, n_groups) if self.config.scope == "group" else 1))
-
-
-def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function as torch.compile leaves it alone, wherever it is called."""
-    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function  # type: ignore[no-untyped-call]
-
-
-def as_param_groups(model_or_parameters: Any, process_groups: ShardGroups) -> ParamGroups:
-    """What `ZClip.step` takes as param groups, those of FSDP1 with the groups that hold their shards."""
-    if isinstance(model_or_parameters, nn.Module):
-        named = dict(model_or_parameters.named_parameters())
-        known = groups_in_model(model_or_parameters, process_groups) if in_use() else {}
-        groups: list[Any] = [{"params": list(named.values()), "param_names": list(named), SHARD_GROUPS: known}]
-    else:
-        items = as_list(model_or_parameters)
-        groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
-        groups = [{**group, "params": as_list(group["params"])} for group in groups]
-        wrong = kinds_of_others(p for group in groups for p in group["params"])
-        if wrong:
-            raise TypeError(f"model_or_parameters must be a module, parameters or param groups, got {wrong} among them")
-    refuse_parameters_of_others(process_groups, (p for group in groups for p in group["params"]))
-    return groups
+    def _saved_state(self, param_groups: ParamGroups) -> SavedState:
+        """What a checkpoint of these param groups has."""
+        is_one = self.config.scope == "global"
+        return SavedState.of(self._arranged([0] if is_one else self._groups.places_of(param_groups)))

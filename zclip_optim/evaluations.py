@@ -14,10 +14,11 @@ from torch.optim import LBFGS, Optimizer
 
 from zclip_optim.chain import Chain, given
 from zclip_optim.checks import with_those_inside
-from zclip_optim.clipper import ZClip, uncompiled
+from zclip_optim.clipper import ZClip
 from zclip_optim.fused import Kernels
 from zclip_optim.gradients import ParamGroups, choices, collect_gradients, zero_gradients_
 from zclip_optim.health import NonFiniteGradientError
+from zclip_optim.running import uncompiled
 
 STAGES = ("first_step", "second_step", "third_step")  # of SAM and its kin
 OF_TORCH = {cls for cls in vars(torch.optim).values() if isinstance(cls, type) and issubclass(cls, Optimizer)}

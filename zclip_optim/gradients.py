@@ -1,5 +1,6 @@
 """Gradients: where a norm comes from and a coefficient goes to."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -72,7 +73,7 @@ class Gradients:
         if scope == "global":
             self.scopes = [clipped]
         else:
-            self.scopes = [[group] if group.get(CHOICE, True) else [] for group in param_groups]
+            self.scopes = [[group] if group.get(CHOICE, True) else [] for group in param_groups] or [[]]
         self.local = [collect_gradients(groups) for groups in self.scopes]
 
     def norms(self) -> Any:
@@ -137,24 +138,33 @@ class ReportedNorm:
     """The norm of gradients that somebody else has, who scales them, and steps or leaves it.
 
     Args:
-        norm: a number, or a tensor of one element.
+        norm: a number, or a tensor of one element; of a DTensor the whole, for which every rank of its mesh is here.
 
     Attributes:
         device: the accelerator that a step stays on, that of the norm; None for the CPU.
         factor: for the gradients, once it has been decided.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: it is below 0.
     """
 
     acts_later = True
 
     def __init__(self, norm: float | Tensor) -> None:
-        self.norm, self.factor = norm, 1.0
-        self.device = norm.device if isinstance(norm, Tensor) and stays_on_device(norm) else None
+        self.factor: Any = 1.0
+        self.norm = whole_tensor(norm) if isinstance(norm, Tensor) else norm
+        _refuse_unless_one(self.norm)
+        self.device = self.norm.device if isinstance(self.norm, Tensor) and stays_on_device(self.norm) else None
+        if self.device is None and float(self.norm) < 0:
+            raise ValueError(f"norm must be >= 0, got {float(self.norm)}; give math.inf where gradients have overflown")
 
     def norms(self) -> Any:
-        """The norm as it was reported, as `Gradients.norms` gives them."""
+        """The norm as it was reported, as `Gradients.norms` gives them. On an accelerator one below 0 becomes NaN."""
         if self.device is None:
             return [float(self.norm)]
-        return torch.as_tensor(self.norm).detach().reshape(1).to(wide_dtype(self.device))
+        norm = torch.as_tensor(self.norm).reshape(1).to(wide_dtype(self.device))
+        return norm.where((norm < 0).logical_not(), math.nan)
 
     def scale_(self, coefs: Any) -> None:
         """Keep the coefficient."""
@@ -266,6 +276,20 @@ def named_gradients(param_groups: ParamGroups) -> Iterator[tuple[str, Tensor, Te
     for name, p, _ in named_params(param_groups):
         if p.grad is not None:
             yield name, p, local_tensor(p.grad)
+
+
+def whole_tensor(value: Tensor) -> Tensor:
+    """A DTensor with the elements of all ranks, each of which must call it; another tensor as it is."""
+    value = value.detach()
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole
+
+
+def _refuse_unless_one(norm: Any) -> None:
+    is_one = norm.numel() == 1 if isinstance(norm, Tensor) else hasattr(norm, "__float__")
+    if not is_one:
+        got = f"one of shape {tuple(norm.shape)}" if isinstance(norm, Tensor) else repr(norm)
+        raise TypeError(f"norm must be a number or a tensor of one element, got {got}")
 
 
 def local_tensor(value: Tensor) -> Tensor:

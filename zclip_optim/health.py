@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from zclip_optim.algorithm import NormStats, ZClipConfig
-from zclip_optim.gradients import Gradients
+from zclip_optim.gradients import Gradients, ParamGroups
 from zclip_optim.metrics import ranked
+from zclip_optim.param_groups import Turns
 from zclip_optim.state import StepRecord
 
 WINDOW = 200  # steps
@@ -20,7 +21,7 @@ NOTHING = math.ulp(0.0)  # smaller than any norm but 0
 EQUAL_SHARE = 0.2  # of the norms of a window, which are equal to the largest one
 WITHOUT_GRADIENTS = 20  # steps in a row
 LARGEST = 3  # parameters that a warning names
-CLIPPED_BEFORE, CLIP_RATE = "clipped before", "clip rate"
+CLIPPED_BEFORE, CLIP_RATE, TURNS = "clipped before", "clip rate", "turns"
 HIDDEN = (
     "were clipped before they got here, which hides every spike. Turn that clipping off (a trainer's max_grad_norm or "
     "gradient_clip_val, clip_grad_norm_ in a loop)"
@@ -33,6 +34,17 @@ class ZClipWarning(UserWarning):
 
 class NonFiniteGradientError(FloatingPointError):
     """The gradient norm was NaN or infinite, and `nonfinite` or `max_consecutive_nonfinite` says to stop."""
+
+
+def nonfinite_error(norm: float, record: StepRecord, where: str) -> NonFiniteGradientError:
+    """The error of a norm that is not finite, or that is too large for statistics."""
+    reason = f"gradients with NaN or infinite elements: {where or 'none in this process'}"
+    if math.isfinite(norm):
+        reason = "its square overflows"
+    return NonFiniteGradientError(
+        f"the gradient norm is {norm}, after {record.decision.stats.step} finite steps, for {record.nonfinite_streak} "
+        f"in a row; {reason}"
+    )
 
 
 class Health:
@@ -52,6 +64,7 @@ class Health:
     def restart(self, records: Sequence[StepRecord]) -> None:
         """Another run begins with these records: every warning can be given again."""
         self._said: set[str] = set()
+        self._turns = Turns()
         self.missing = 0  # steps in a row at which no parameter had a gradient
         self.go_on_from(records)
 
@@ -74,7 +87,7 @@ class Health:
             return
         for scope, record in enumerate(records):
             new = record.decision.stats
-            if record.norm >= self._largest[scope]:
+            if record.norm >= self._largest[scope] and new.step > record.before.step:
                 self._count_largest(scope, record.norm)
             if new.step >= self._next_check[scope] or new.streak > self._patience:
                 self._check_scope(scope, self._seen[scope].decision.stats, new, gradients)
@@ -83,8 +96,6 @@ class Health:
         self._seen = records
 
     def _count_largest(self, scope: int, norm: float) -> None:
-        if norm == math.inf:
-            return
         if norm * (1 - NO_SPREAD) > self._largest[scope] * (1 + NO_SPREAD):
             self._largest[scope], self._as_large[scope] = norm * (1 - NO_SPREAD), 0
         self._as_large[scope] += 1
@@ -102,6 +113,16 @@ class Health:
         """The step that ends the warm-up or the window, whichever is first."""
         end_of_window: int = self._window_starts[scope].step + WINDOW
         return min(self._warmup, end_of_window) if now.step < self._warmup else end_of_window
+
+    def check_turns(self, param_groups: ParamGroups) -> None:
+        """Warn of a clipper that is made to serve several networks, each of which has norms of its own."""
+        if TURNS not in self._said and not torch.compiler.is_compiling() and self._turns.has_come_back(param_groups):
+            self.warn(
+                TURNS,
+                "this ZClip clips several sets of parameters in turn, such as the two networks of a GAN, and compares "
+                "the norms of each with those of the others: spikes pass, or ordinary steps are clipped. Make a ZClip "
+                "for each of them",
+            )
 
     def count_missing(self, missing: bool | None) -> None:
         """Count a step, if no parameter had a gradient at it.

@@ -280,13 +280,13 @@ def sum_over_groups(
 def _all_reduce(values: list[Scalar], group: Any, device: torch.device) -> list[Scalar]:
     """Sums over the ranks of a group, which come out with the same bits on each of them."""
     types = [possible.type for possible in group._device_types]
-    place = device if device.type in types else types[0]
+    place = device if device.type in types else torch.device(types[0])
     if any(isinstance(value, Tensor) for value in values):
         sums = torch.stack([torch.as_tensor(value, dtype=wide_dtype(device), device=device) for value in values])
         sums = sums.to(place)
         dist.all_reduce(sums, group=group)
         return list(sums.to(device).unbind())
-    sums = torch.tensor(values, dtype=torch.float64, device=place)
+    sums = torch.tensor(values, dtype=wide_dtype(place), device=place)
     dist.all_reduce(sums, group=group)
     return sums.tolist()
 

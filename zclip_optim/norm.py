@@ -1,5 +1,6 @@
 """From the gradients in this process to one norm."""
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -52,9 +53,16 @@ def device_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=dtype, device=device)
 
 
+@functools.cache
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating dtype of a device."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """The widest floating dtype that a device calculates in; asked once, since MPS and Intel Arc lack float64."""
+    try:
+        torch.ones((), dtype=torch.float64, device=device).square_()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):
+        return torch.float32
+    return torch.float64
 
 
 def by_device_and_dtype(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
@@ -164,7 +172,8 @@ def _sum_over_rows(values: Tensor) -> float:
         values = values.view(-1)
         end = values[-ragged:]
         total, values = end.dot(end).item(), values[:-ragged]
-    rows = torch.linalg.vector_norm(values.view(-1, ROW), 2, 1).double()
+    rows = torch.linalg.vector_norm(values.view(-1, ROW), 2, 1)
+    rows = rows.double() if rows.is_cpu else rows.to(wide_dtype(rows.device))
     return float(total + rows.dot(rows).item())
 
 

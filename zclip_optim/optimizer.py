@@ -20,13 +20,14 @@ from zclip_optim.checks import (
     refuse_unexpected,
     refuse_unknown_shards,
 )
-from zclip_optim.clipper import ZClip, uncompiled
+from zclip_optim.clipper import ZClip
 from zclip_optim.evaluations import STAGES, Evaluations, count_left_out
 from zclip_optim.fused import ATTRIBUTES, Kernels
 from zclip_optim.gradients import CHOICE, choices
 from zclip_optim.hooks import make_hook_dicts, replaced, step_within_hooks
 from zclip_optim.metrics import ClipMetrics, ParameterNorm
 from zclip_optim.process_groups import ProcessGroups
+from zclip_optim.running import uncompiled
 
 Closure = Callable[[], Any]
 
@@ -75,10 +76,11 @@ class ZClipOptimizer(Optimizer):
             >= 1; None: never, as in the paper: after a lasting shift every step is clipped for ever. That protects
             optimizers of Adam's kind; with those whose steps are as long as their gradients, like SGD, use 200.
         nonfinite: what a NaN or infinite norm does: "skip" the step (gradients stay for inspection), "raise"
-            `NonFiniteGradientError`, or "pass" the step on unscaled. It never enters the statistics.
+            `NonFiniteGradientError`, or "pass" the step on unscaled. It never enters the statistics. A norm whose
+            square overflows, of 1e155 or more, is one.
         max_consecutive_nonfinite: with ``nonfinite="skip"``, raise at the so many-th such step in a row, >= 1; None:
             never. A fused kernel on an accelerator skips by itself: there it raises once `metrics` were read.
-        scope: "global" for one norm and one statistic, "group" for one per param group, by its position.
+        scope: "global" for one norm and one statistic, "group" for one per param group, which it stays with.
         process_group: process group, or several, over which squared norms are summed, for gradients that are shards
             held as plain tensors (FSDP1) and for pipeline stages; () for none: every rank holds all. DTensors need
             none. Or a mapping {group: parameters}, values iterables or modules, for experts held as plain tensors: the

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zclip_optim.algorithm import Decision, Scalar, ZClipConfig, decide, where_for
+from zclip_optim.checks import refuse_to_read
 from zclip_optim.health import ZClipWarning
 from zclip_optim.norm import wide_dtype
 from zclip_optim.state import Counters, StepRecord, was_skipped
@@ -55,7 +56,8 @@ def advance(
     Returns:
         The records of this step, the coefficients, both like `records`, and whether the optimizer must not step.
     """
-    where, failed = where_for(total), total - total != 0  # NaN, unless the total is finite
+    square = total * total
+    where, failed = where_for(total), square - square != 0  # NaN, unless it is finite, as `decide` has it
     refused = failed & (config.nonfinite != "pass")
     coefs, decisions = [], []
     for record, norm in zip(records, norms, strict=True):
@@ -136,13 +138,14 @@ class DeviceState:
     @torch.no_grad()
     def step(self, norms: Tensor, config: ZClipConfig, new_step: bool) -> Verdict:
         """Decide on the norms of all scopes, a tensor with an element for each; see `advance`."""
-        self._was_captured = self._was_captured or _is_capturing(self.values)
+        self._was_captured = self._was_captured or self.is_being_captured()
         self._is_behind = True
         return Verdict(*_advance_on(self.device.type, config, len(norms))(self.values, norms, config, new_step))
 
     def read(self) -> list[StepRecord]:
         """The records on the host, one per scope; waits for the device, but not twice for one step."""
         if self._is_behind:
+            refuse_to_read(self.is_being_captured())
             self.last_read = [StepRecord.unpack_numbers(row) for row in self.values.t().tolist()]
             self._is_behind = self._was_captured
         return self.last_read
@@ -152,6 +155,10 @@ class DeviceState:
         self.values.copy_(_packed(records))
         self.last_read = list(records)
         self._is_behind = self._was_captured
+
+    def is_being_captured(self) -> bool:
+        """Whether what is done now goes into a CUDA graph, so that nothing can be read."""
+        return _is_capturing(self.values)
 
     def note_finite(self) -> None:
         """Somebody has read that the norm of the last step was finite: that much of the records is known."""
@@ -187,6 +194,11 @@ def _any_of_tensors(flags: Sequence[Tensor]) -> Tensor:
 def _advance_on(device_type: str, config: ZClipConfig, n_scopes: int) -> Advance:
     """`_advance_in_place` as it is fastest on a kind of device; how that is, its first call finds out."""
     return _FirstCompiled() if device_type in COMPILED_ON else _advance_in_place
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as torch.compile leaves it alone, wherever it is called."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function  # type: ignore[no-untyped-call]
 
 
 class _FirstCompiled:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from test_distributed import S0, S1, R, all_reduces, dtensor_parameter, full_gradients, mesh_of
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Partial
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from training import backward, make_model, set_gradients
 from versions import needs_fsdp2_on_cpu
 
@@ -192,3 +192,33 @@ def check_the_warning(rank):
 
 def test_the_warning_of_many_clipped_steps_names_what_the_process_holds(two):
     two.run(check_the_warning)
+
+
+def norms_as_torch_has_them(mesh):
+    """Norms of the same gradients, as DTensors of several placements."""
+    full = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    for placements in ([Shard(0)], [Replicate()], [Shard(1)]):
+        sharded = distribute_tensor(full, mesh, placements).requires_grad_()
+        yield torch.linalg.vector_norm(sharded)
+        yield torch.nn.utils.get_total_norm([sharded])
+    squares = distribute_tensor(full, mesh, [Shard(0)]).to_local().square().sum() * torch.ones(1, 1)
+    yield DTensor.from_local(squares, mesh, [Partial()]).sqrt()
+    yield full.norm()
+
+
+def check_reported_norms(rank, on_device):
+    with pytest.MonkeyPatch.context() as patch:
+        if on_device:
+            patch.setattr(zclip_optim.gradients, "stays_on_device", lambda tensor: True)
+        norms = list(norms_as_torch_has_them(mesh_of(2)))
+        clippers = [ZClip(max_grad_norm=0.1) for _ in norms]
+        factors = [float(clipper.decide(norm)) for clipper, norm in zip(clippers, norms, strict=True)]
+        return factors, [clipper.state_dict() for clipper in clippers]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_norm_that_is_reported_as_a_dtensor_is_that_of_all_ranks(two, on_device):
+    first, second = two.run(check_reported_norms, on_device)
+    assert first == second
+    factors, _ = first
+    assert factors == pytest.approx([factors[-1]] * len(factors), rel=1e-6)

@@ -37,7 +37,7 @@ class ReferenceZClip:
 
     def step(self, norm):
         self.spike = self.skip = False
-        if norm == 0 or not math.isfinite(norm):
+        if norm == 0 or not math.isfinite(norm * norm):
             return norm
         clipped = self.decide(norm)
         self.seen += 1

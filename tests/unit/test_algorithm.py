@@ -75,7 +75,7 @@ def norm_sequence(kind, seed, steps=300):
             norms[i] *= level
     elif kind == "zeros and non-finite":
         for i in rng.sample(range(steps), 30):
-            norms[i] = rng.choice([0.0, math.inf, math.nan])
+            norms[i] = rng.choice([0.0, math.inf, math.nan, 1e200])
     return norms
 
 
@@ -102,9 +102,9 @@ def test_follows_the_oracle(options, kind, scale):
         decision = decide(norm * scale, stats, config)
         stats = decision.stats
         assert decision.is_spike == reference.spike
-        assert decision.skip == (reference.skip or not math.isfinite(norm))
+        assert decision.skip == (reference.skip or not norm < 1e200)
         assert_close(decision.clipped_norm, expected)
-        assert_close(decision.clip_coef, expected / (norm * scale) if 0 < norm < math.inf else 1.0)
+        assert_close(decision.clip_coef, expected / (norm * scale) if 0 < norm < 1e200 else 1.0)
         assert_close(stats.mean, reference.mean)
         assert_close(stats.var, reference.var)
         assert stats.streak == reference.streak
@@ -190,7 +190,7 @@ def test_scaling_all_norms_scales_every_threshold(norms, options, c):
         assert scaled.threshold == pytest.approx(c * one.threshold, rel=1e-6)
 
 
-@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf, 1e155, 1e308])
 @pytest.mark.parametrize("before", [0, 10, 30])
 def test_zero_and_nonfinite_norms_leave_the_statistics_alone(bad, before):
     stats = run([1.0, 1.1] * (before // 2), max_grad_norm=0.5)[-1].stats if before else NormStats()
@@ -198,6 +198,20 @@ def test_zero_and_nonfinite_norms_leave_the_statistics_alone(bad, before):
     assert decision.stats == stats
     assert decision.clip_coef == 1
     assert not decision.is_spike
+
+
+@pytest.mark.parametrize(("dtype", "last"), [(torch.float64, 1e154), (torch.float32, 1.8e19)])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_no_norm_is_so_large_that_the_statistics_overflow(options, dtype, last):
+    config, stats = ZClipConfig(**options), NormStats(*torch.zeros(len(NormStats._fields), dtype=dtype))
+    norms = [last * 1e-3, last, last * 1.1, last * 0.9, last * 1e-3, last * 10, *[last, last * 0.99] * 20] * 4
+    for norm in torch.tensor(norms, dtype=dtype):
+        decision = decide(norm, stats, config)
+        assert bool(decision.skip) == (not (norm * norm).isfinite()) or "z_skip" in options
+        stats = decision.stats
+        assert stats.mean.isfinite()
+        assert 0 <= stats.var < math.inf
+    assert stats.step == sum(norm < last * 10 for norm in norms if dtype is torch.float64 or norm < 1.83e19)
 
 
 def shifted(noise, shift, steps, before=500):

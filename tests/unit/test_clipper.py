@@ -155,6 +155,32 @@ class TestNonFinite:
         feed(clipper, [1.0], [p])
         assert not clipper.step_was_skipped
 
+    @pytest.mark.parametrize("scope", ["global", "group"])
+    @pytest.mark.parametrize("nonfinite", ["skip", "pass"])
+    def test_a_norm_whose_square_overflows_is_one(self, nonfinite, scope):
+        params = [nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(2)]
+        clipper, groups = ZClip(warmup_steps=3, nonfinite=nonfinite, scope=scope), [{"params": [p]} for p in params]
+        for norm in (1.0, 1.1, 1.2, 1.0):
+            set_gradients(params, norm)
+            clipper.step(groups)
+        before = [(m.mean, m.std, m.step) for m in clipper.group_metrics]
+        params[1].grad.mul_(1e160)
+        assert clipper.step(groups) == pytest.approx(1e160, rel=1)
+        assert clipper.step_was_skipped == (nonfinite == "skip")
+        assert (clipper.metrics.clip_coef, clipper.metrics.is_spike) == (1, False)
+        assert [(m.mean, m.std, m.step) for m in clipper.group_metrics] == before
+        other = ZClip(warmup_steps=3, scope=scope)
+        other.load_state_dict(clipper.state_dict())
+        set_gradients(params, 1.1)
+        other.step(groups)
+        assert other.metrics.step == 5
+
+    def test_it_is_told_from_elements_that_are_not_finite(self):
+        p = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        p.grad = torch.full_like(p, 1e200)
+        with pytest.raises(NonFiniteGradientError, match=r"norm is 1\.41.*e\+200, .*; its square overflows$"):
+            ZClip(nonfinite="raise").step([p])
+
     def test_raise_names_the_parameters(self):
         model = make_model()
         backward(model, 0)
@@ -421,6 +447,27 @@ class TestReportedNorm:
             clipper.decide(math.inf)
         with pytest.raises(NonFiniteGradientError, match=r"for 2 in a row; .* not known where only a norm"):
             clipper.decide(math.inf)
+
+    @pytest.mark.parametrize("norm", [-1.0, torch.tensor(-1.0), torch.tensor([-1], dtype=torch.int64)])
+    def test_a_mark_of_an_overflow_is_no_norm(self, norm, monkeypatch):
+        clipper = ZClip()
+        with pytest.raises(ValueError, match=r"norm must be >= 0, got -1.0; give math.inf where gradients"):
+            clipper.decide(norm)
+        assert clipper.state_dict() == ZClip().state_dict()
+        monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda gradient: True)
+        if isinstance(norm, torch.Tensor):  # which cannot be looked at
+            clipper.decide(norm)
+            assert clipper.step_was_skipped
+
+    @pytest.mark.parametrize("norm", [torch.ones(3), torch.ones(0), torch.ones(2, 2, device="meta"), [1.0], None, "1"])
+    def test_other_things_than_a_norm_are_refused(self, norm):
+        clipper = ZClip()
+        with pytest.raises(TypeError, match="norm must be a number or a tensor of one element, got"):
+            clipper.decide(norm)
+        assert clipper.state_dict() == ZClip().state_dict()
+
+    def test_a_norm_that_autograd_knows(self):
+        assert ZClip(max_grad_norm=1.0).decide(torch.tensor(4.0, requires_grad=True)) == 0.25
 
     def test_it_is_one_norm(self):
         with pytest.raises(ValueError, match="scope must be 'global', not 'group'"):

@@ -1,8 +1,12 @@
 """Warnings: each failure that people meet, once per run, with its numbers and the argument to change."""
 
+import copy
+import gc
 import math
+import pickle
 import random
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from training import set_gradients
 
 import zclip_optim.gradients
 from zclip_optim import ZClip, ZClipOptimizer, ZClipWarning
+from zclip_optim.health import Health
 
 
 def messages(norms, clipper=None, **options):
@@ -324,3 +329,124 @@ def test_a_norm_that_is_often_the_same_but_not_the_largest_is_none():
 def test_without_norms_there_is_nothing_to_be_equal():
     assert messages([1.0, 1.1, *[0.0] * 500, *noise(300)]) == []
     assert messages([*noise(100), *[math.inf, math.nan] * 150, *noise(300)], nonfinite="pass") == []
+
+
+class TestOneClipperForTwoNetworks:
+    """Their norms are of two kinds, and a spike of one is none among those of the other."""
+
+    def take(self, steps, clipper=None):
+        """The warnings of this kind in steps, each with what `ZClip.step` is given."""
+        clipper = clipper or ZClip()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for given in steps:
+                clipper.step(given() if callable(given) and not isinstance(given, nn.Module) else given)
+        return [str(warning.message) for warning in caught if "in turn" in str(warning.message)]
+
+    def network(self, layers=3):
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers)))
+        for p in model.parameters():
+            p.grad = torch.rand_like(p) + 0.5
+        return model
+
+    @pytest.mark.parametrize("turns", ["gd", "dg", "dddddg", "gggd", "gdc", "g" * 7 + "d" * 7])
+    @pytest.mark.parametrize("give", [lambda model: model, lambda model: list(model.parameters())])
+    def test_is_warned_of_once_and_soon(self, turns, give):
+        networks = {name: self.network() for name in "gdc"}
+        (message,) = self.take([give(networks[name]) for name in turns] * 60)
+        assert "Make a ZClip for each of them" in message
+        steps = [give(networks[name]) for name in turns]
+        assert self.take((steps * 60)[: max(24, 4 * len(steps))])
+
+    def test_as_param_groups_of_two_optimizers(self):
+        first, second = (torch.optim.SGD(self.network().parameters()) for _ in range(2))
+        assert len(self.take([first.param_groups, second.param_groups] * 15)) == 1
+
+    def test_again_after_a_checkpoint(self):
+        clipper, networks = ZClip(), [self.network(), self.network()]
+        assert len(self.take(networks * 30, clipper)) == 1
+        clipper.load_state_dict(clipper.state_dict())
+        assert len(self.take(networks * 30, clipper)) == 1
+
+    def test_a_copy_looks_for_itself(self):
+        clipper, networks = ZClip(), [self.network(), self.network()]
+        self.take(networks * 2, clipper)
+        for twin in (copy.deepcopy(clipper), pickle.loads(pickle.dumps(clipper))):
+            assert len(self.take(networks * 30, twin)) == 1
+
+    def check_silent(self, steps, clipper=None):
+        assert self.take(steps, clipper) == []
+
+    def test_not_one_network_in_another_order(self):
+        params = list(self.network().parameters())
+        rng = random.Random(0)
+        self.check_silent([rng.sample(params, len(params)) for _ in range(100)])
+        self.check_silent([params, params[::-1]] * 50)
+
+    def test_not_micro_batches(self):
+        model = self.network()
+        self.check_silent([model] * 100)
+
+    def test_not_layers_that_are_frozen_and_unfrozen(self):
+        model = self.network(6)
+        params = list(model.parameters())
+        self.check_silent([params[(step // 10) % 12 :] for step in range(300)])  # one more every ten steps, then all
+        self.check_silent([params[11 - (step // 10) % 12 :] for step in range(300)])
+        self.check_silent([params, params[4:]] * 50)  # which has norms of two kinds too, but is one network
+
+    def test_not_layers_that_are_added(self):
+        models = [self.network() for _ in range(5)]
+        self.check_silent([[p for m in models[-1 - step // 20 :] for p in m.parameters()] for step in range(100)])
+
+    def test_not_networks_one_after_the_other(self):
+        self.check_silent([model for model in [self.network() for _ in range(40)] for _ in range(3)])
+
+    def test_not_blocks_of_a_network_by_turns_that_last(self):
+        blocks = [list(block.parameters()) for block in self.network(4)]
+        self.check_silent([blocks[(step // 50) % 4] for step in range(1200)])
+
+    def test_not_parameters_that_are_replaced(self):
+        model = self.network()
+
+        def replaced():
+            for module in model:
+                for name, p in list(module.named_parameters()):
+                    new = nn.Parameter(p.detach().clone())
+                    new.grad = p.grad
+                    setattr(module, name, new)
+            return model
+
+        self.check_silent([replaced, model, model] * 40)
+
+    def test_costs_no_work_per_parameter(self):
+        p = nn.Parameter(torch.zeros(2))
+        p.grad = torch.ones(2)
+
+        class Groups(list):
+            def __iter__(self):
+                raise AssertionError("looked at every parameter")
+
+        health = Health(ZClip().config, ZClip()._state.read())
+        for _ in range(50):
+            health.check_turns([{"params": Groups([p])}])
+
+    def test_keeps_no_network_alive(self):
+        clipper, model = ZClip(), self.network()
+        clipper.step(model)
+        p = weakref.ref(model[0].weight)
+        del model
+        gc.collect()
+        assert p() is None
+
+
+def test_a_norm_whose_square_overflows_is_not_the_largest_of_a_window():
+    clipper, p = ZClip(), nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    with pytest.warns(ZClipWarning, match="and none was larger: probably they were clipped before"):
+        for step, norm in enumerate(noise(300, spread=0.3)):
+            set_gradients([p], 1e170 if step == 250 else min(norm, 1.1))
+            clipper.step([p])
+            if step == 225:
+                clipper._health.restart(clipper._state.read())
+        for norm in noise(300, spread=0.3):
+            set_gradients([p], min(norm, 1.1))
+            clipper.step([p])

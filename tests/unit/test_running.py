@@ -21,10 +21,11 @@ from training import backward, make_model, parameters, set_gradients, train
 import zclip_optim.algorithm
 import zclip_optim.clipper
 import zclip_optim.gradients
+import zclip_optim.norm
 from zclip_optim import NonFiniteGradientError, ZClip, ZClipOptimizer, ZClipWarning, running
 from zclip_optim.fused import Kernels
 from zclip_optim.gradients import scale_gradients_
-from zclip_optim.norm import SMALL, device_norm, gradient_norm
+from zclip_optim.norm import SMALL, device_norm, gradient_norm, wide_dtype
 from zclip_optim.running import DeviceState
 
 READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
@@ -59,6 +60,10 @@ FUSED = {
 }
 
 
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.01)
+
+
 def adam_and_sgd(params):
     adam, rest = torch.optim.Adam(params[:1], lr=0.01, fused=True), params[1:]
     return [adam, torch.optim.SGD(rest, lr=0.01, fused=True)] if rest else [adam]
@@ -86,10 +91,6 @@ def run(make_base, norms, dtype=torch.float32, **options):
         optimizer.step()
         metrics.append(optimizer.metrics)
     return metrics, torch.cat([p.detach().reshape(-1) for p in params])
-
-
-def sgd(params):
-    return torch.optim.SGD(params, lr=0.01)
 
 
 @pytest.mark.filterwarnings("ignore::zclip_optim.ZClipWarning")
@@ -146,6 +147,58 @@ def test_a_device_that_nothing_can_be_read_from(scope):
         optimizer.step()
     with pytest.raises(RuntimeError, match="on the meta device"):
         _ = optimizer.metrics
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """The meta device is taken for one that has no float64, as Intel Arc and MPS have none."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta and tensor.dtype is torch.float64:
+                raise RuntimeError("Required aspect fp64 is not supported on the device")
+        return result
+
+
+@pytest.fixture
+def without_float64():
+    wide_dtype.cache_clear()
+    with WithoutFloat64():
+        yield
+    wide_dtype.cache_clear()
+
+
+@pytest.mark.parametrize("scope", ["global", "group"])
+def test_a_device_without_float64_is_asked_once(scope, without_float64):
+    params = [torch.nn.Parameter(torch.empty(3, 4, device="meta")), torch.nn.Parameter(torch.empty(4, device="meta"))]
+    groups = [{"params": [p]} for p in params]
+    optimizer = ZClipOptimizer(torch.optim.SGD(groups), nonfinite="pass", max_grad_norm=1.0, scope=scope)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+        optimizer.step(lambda: None)
+    assert wide_dtype.cache_info().misses == 1
+    assert ZClip().decide(torch.ones((), device="meta")).dtype is torch.float32
+    assert wide_dtype(CPU) is torch.float64
+
+
+@pytest.mark.parametrize("shape", [(512,), (8192,), (8, 1024)])
+def test_nor_is_it_asked_of_one_whose_gradients_the_host_reads(shape, without_float64):
+    with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta"):
+        gradient_norm([torch.ones(shape, device="meta")] * 9)
+
+
+def test_a_device_without_memory_is_not_one_without_float64(monkeypatch):
+    def no_memory(*args, **options):
+        raise torch.OutOfMemoryError("out of memory")
+
+    wide_dtype.cache_clear()
+    monkeypatch.setattr(torch, "ones", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        wide_dtype(CPU)
+    monkeypatch.undo()
+    assert wide_dtype(CPU) is torch.float64
 
 
 @pytest.mark.filterwarnings("ignore::zclip_optim.ZClipWarning")
@@ -213,17 +266,79 @@ def test_metrics_are_transferred_once_per_step_and_only_if_read(on_device):
 
 @pytest.mark.parametrize("rollback", [False, True])
 def test_a_captured_step_is_read_anew_every_time(rollback, on_device, monkeypatch):
-    monkeypatch.setattr(running, "_is_capturing", lambda values: True)
     p = torch.nn.Parameter(torch.randn(5))
     optimizer = ZClipOptimizer(FUSED["AdamW"]([p]))
     set_gradients([p], 1.0)
-    optimizer.step()
+    with monkeypatch.context() as capturing:
+        capturing.setattr(running, "_is_capturing", lambda values: True)
+        optimizer.step()
     assert optimizer.metrics.step == 1
     if rollback:
         optimizer.load_state_dict(optimizer.state_dict())
     state = optimizer.clipper._state
     state.step(torch.ones(1, dtype=torch.float64), optimizer.clipper.config, True)  # a replay: none of our code runs
     assert optimizer.metrics.step == 2
+
+
+class TestCapture:
+    """A step that is captured in a CUDA graph reads nothing: it says so before torch does, and what to do."""
+
+    @pytest.fixture(autouse=True)
+    def warmed_up(self, on_device, monkeypatch):
+        self.p = torch.nn.Parameter(torch.randn(5))
+        set_gradients([self.p], 1.0)
+        self.capture = lambda: monkeypatch.setattr(running, "_is_capturing", lambda values: True)
+
+    @pytest.mark.parametrize(
+        ("make_base", "options"),
+        [
+            (sgd, {}),
+            (sgd, {"nonfinite": "pass", "z_skip": 6.0}),
+            (FUSED["SGD, momentum"], {}),
+            (FUSED["AdamW"], {"nonfinite": "raise"}),
+            (FUSED["AdamW"], {"scope": "group"}),
+            (FUSED["AdamW"], {"max_consecutive_nonfinite": 1}),
+        ],
+    )
+    def test_what_must_look_whether_to_skip_is_refused(self, make_base, options):
+        other = torch.nn.Parameter(torch.randn(5))
+        optimizer = ZClipOptimizer(make_base([{"params": [self.p]}, {"params": [other]}]), **options)
+        optimizer.step()
+        self.capture()
+        with (
+            CountReads() as mode,
+            pytest.raises(RuntimeError, match=r"nonfinite='pass' without z_skip, or a fused"),
+        ):
+            optimizer.step()
+        assert mode.reads == 0
+
+    @pytest.mark.parametrize(
+        ("make_base", "options"),
+        [(sgd, {"nonfinite": "pass"}), (FUSED["AdamW"], {}), (FUSED["AdamW"], {"z_skip": 6.0})],
+    )
+    def test_what_need_not_is_captured(self, make_base, options):
+        optimizer = ZClipOptimizer(make_base([self.p]), **options)
+        optimizer.step()
+        self.capture()
+        with CountReads() as mode:
+            optimizer.step()
+        assert mode.reads == 0
+
+    def test_the_engine_has_decide_for_it(self):
+        clipper = ZClip(nonfinite="pass")
+        self.capture()
+        assert clipper.decide(torch.ones(())) == 1
+        with CountReads() as mode, pytest.raises(RuntimeError, match=r"ZClip.step\(\), metrics and state_dict"):
+            clipper.step([self.p])
+        assert mode.reads == 0
+
+    def test_nothing_is_read_in_between(self):
+        optimizer = ZClipOptimizer(FUSED["AdamW"]([self.p]))
+        optimizer.step()
+        self.capture()
+        for read in (lambda: optimizer.metrics, lambda: optimizer.step_was_skipped, optimizer.state_dict):
+            with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+                read()
 
 
 @pytest.mark.filterwarnings("ignore::zclip_optim.ZClipWarning")
@@ -447,6 +562,22 @@ class TestNonFinite:
         with pytest.raises(NonFiniteGradientError, match="norm is inf"):
             optimizer.step()
         assert not {"grad_scale", "found_inf"} & vars(base).keys()
+
+
+@pytest.mark.parametrize("scope", ["global", "group"])
+def test_where_statistics_are_float32_a_norm_whose_square_overflows_is_not_finite(scope, on_device, monkeypatch):
+    for module in (zclip_optim.norm, zclip_optim.gradients, running):
+        monkeypatch.setattr(module, "wide_dtype", lambda device: torch.float32)
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = ZClipOptimizer(sgd([{"params": [p]} for p in params]), warmup_steps=3, scope=scope)
+    for norm in (1.0, 1.1, 1.2, 2.5e19, 1.0):
+        set_gradients(params, norm)
+        optimizer.step()
+        assert optimizer.step_was_skipped == (norm > 1e19)
+    other = ZClipOptimizer(sgd([{"params": [p]} for p in params]), scope=scope)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.metrics.step == 4
+    assert all(0 < metrics.std < 2 for metrics in other.group_metrics)
 
 
 class TwoEvaluations(torch.optim.SGD):

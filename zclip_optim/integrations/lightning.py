@@ -1,4 +1,7 @@
-"""Lightning: a callback that clips and logs, for modules whose `configure_optimizers` stays as it is."""
+"""Lightning: a callback that clips and logs, for modules whose `configure_optimizers` stays as it is.
+
+It serves `lightning` and `pytorch_lightning`, whichever is installed.
+"""
 
 import warnings
 from typing import Any
@@ -12,7 +15,10 @@ from zclip_optim.optimizer import ZClipOptimizer
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise ImportError(missing_extra("lightning")) from error
+    try:  # the same by its older name; either's trainer takes the other's callbacks
+        from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+    except ImportError:
+        raise ImportError(missing_extra("lightning")) from error
 
 
 class ZClipCallback(Callback):
