@@ -460,7 +460,7 @@ def check_other_checkpoints(rank, kind):
 
     training.optimizer.load_state_dict(copy.deepcopy(bare.optimizer.state_dict()))
     assert training.clipper.metrics.step == training.optimizer.param_groups[-1]["zclip_step"] == 0
-    assert training.run(range(8, 20))[-1][2].step == 12
+    assert training.run(range(10, 20))[-1][2].step == 10  # no outlier in its warm-up
 
 
 def groups_of(state_dict):
