@@ -33,7 +33,7 @@ from benchmarks.training.run import Run, StepRecord, TrainConfig
 COMPARED = ("none", "fixed", "zclip_optim")
 ABOUT_BETA2 = (
     "beta2 is 0.95, which language models are trained with; [methods](methods.md) and [regret](regret.md) have torch's "
-    "default, 0.999, beside it."
+    "default, 0.999."
 )
 ABOUT_THE_START = (
     "That is won at the start: norms fall fastest there, Adam's second moment lags behind them and shortens its steps, "
