@@ -90,7 +90,7 @@ class ZClip:
             ValueError: `process_group` maps parameters that are not among these.
         """
         param_groups = as_param_groups(model_or_parameters, self._process_groups)
-        self._health.check_turns(param_groups)
+        self._health.check_given(model_or_parameters, param_groups)
         self._clip(param_groups)
         return math.hypot(*(record.norm for record in self._wait_for_records()))
 

@@ -5,13 +5,14 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from zclip_optim.algorithm import NormStats, ZClipConfig
 from zclip_optim.gradients import Gradients, ParamGroups
 from zclip_optim.metrics import ranked
-from zclip_optim.param_groups import Turns
+from zclip_optim.param_groups import Turns, is_gone_through
 from zclip_optim.state import StepRecord
 
 WINDOW = 200  # steps
@@ -114,8 +115,19 @@ class Health:
         end_of_window: int = self._window_starts[scope].step + WINDOW
         return min(self._warmup, end_of_window) if now.step < self._warmup else end_of_window
 
-    def check_turns(self, param_groups: ParamGroups) -> None:
-        """Warn of a clipper that is made to serve several networks, each of which has norms of its own."""
+    def check_given(self, given: Any, param_groups: ParamGroups) -> None:
+        """Warn of parameters that are none, or now these, now those, which have norms of another kind.
+
+        Args:
+            given: to `ZClip.step`.
+            param_groups: made of it.
+        """
+        if is_gone_through(given, param_groups):
+            self.warn(
+                "gone through",
+                "ZClip.step() was given an iterator, such as model.parameters(), that is gone through by now: nothing is "
+                "clipped. Give it the model, or a list",
+            )
         if TURNS not in self._said and not torch.compiler.is_compiling() and self._turns.has_come_back(param_groups):
             self.warn(
                 TURNS,

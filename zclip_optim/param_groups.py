@@ -2,7 +2,7 @@
 
 import operator
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -14,6 +14,7 @@ from zclip_optim.process_groups import as_list, groups_in_model, kinds_of_others
 
 Group: TypeAlias = Mapping[str, Any]
 Places: TypeAlias = list[int | None]
+EXPECTED = "model_or_parameters must be a module, parameters or param groups"
 RETURNS = 6  # to sets of parameters that were there before, after which they are there in turn
 LONG_TURN = 20  # steps of a turn; longer ones are stages of a training
 SETS = 8  # that are known at a time
@@ -21,23 +22,55 @@ ORDERS = 100  # of the same set, after which nothing is looked at any more
 
 
 def as_param_groups(model_or_parameters: Any, process_groups: ShardGroups) -> ParamGroups:
-    """What `ZClip.step` takes as param groups, those of FSDP1 with the groups that hold their shards."""
+    """What `ZClip.step` takes as param groups, those of FSDP1 with the groups that hold their shards.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: `process_groups` are of other parameters.
+    """
     if isinstance(model_or_parameters, nn.Module):
         named = dict(model_or_parameters.named_parameters())
         known = groups_in_model(model_or_parameters, process_groups) if in_use() else {}
         groups: list[Any] = [{"params": list(named.values()), "param_names": list(named), SHARD_GROUPS: known}]
     else:
+        _refuse_unless_parameters(model_or_parameters)
         items = as_list(model_or_parameters)
-        groups = items if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
-        groups = [
-            group if type(group["params"]) is list else {**group, "params": as_list(group["params"])}
-            for group in groups
-        ]
+        groups = items if items and all(map(_is_group, items)) else [{"params": items}]
+        groups = [g if type(g["params"]) is list else {**g, "params": as_list(g["params"])} for g in groups]
         wrong = kinds_of_others(p for group in groups for p in group["params"])
         if wrong:
-            raise TypeError(f"model_or_parameters must be a module, parameters or param groups, got {wrong} among them")
+            raise TypeError(f"{EXPECTED}, got {wrong} among them")
     refuse_parameters_of_others(process_groups, (p for group in groups for p in group["params"]))
     return groups
+
+
+def _is_group(item: Any) -> bool:
+    return isinstance(item, dict) and "params" in item
+
+
+def _refuse_unless_parameters(thing: Any) -> None:
+    if isinstance(thing, Iterable) and not isinstance(thing, Mapping):
+        return
+    instead = ""
+    if hasattr(thing, "param_groups"):
+        instead = "; give it optimizer.param_groups"
+    elif isinstance(thing, Mapping):
+        instead = "; param groups come in a list" if "params" in thing else "; give it its values()"
+    raise TypeError(f"{EXPECTED}, got {type(thing).__name__}{instead}")
+
+
+def is_gone_through(given: Any, groups: ParamGroups) -> bool:
+    """Whether there was an iterator in what `as_param_groups` was given that had no parameter left.
+
+    Args:
+        groups: that it has made of it.
+    """
+    if all(group["params"] for group in groups):
+        return False
+    if isinstance(given, Iterator):
+        return not any(group["params"] for group in groups)
+    pairs = zip(given, groups, strict=False) if isinstance(given, (list, tuple)) else ()
+    return any(isinstance(each["params"], Iterator) and not group["params"] for each, group in pairs)
 
 
 class KnownGroups:

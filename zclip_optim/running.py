@@ -130,7 +130,8 @@ class DeviceState:
 
     def __init__(self, records: Sequence[StepRecord], device: torch.device) -> None:
         self.device, self.n_scopes = device, len(records)
-        self.values = _packed(records).to(device, wide_dtype(device))
+        with torch.inference_mode(False):  # else later steps could not write to it
+            self.values = _packed(records).to(device, wide_dtype(device))
         self.last_read = list(records)
         self._is_behind = False  # what was read last is not what the device has
         self._was_captured = False  # so there may be steps that nobody here hears of

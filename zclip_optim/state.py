@@ -127,7 +127,8 @@ def from_state_dict(state_dict: Any, scope: str) -> SavedState:
     Raises:
         ValueError: it is malformed; names the key.
     """
-    saved = from_flat(state_dict.get("groups"), scope) if isinstance(state_dict, Mapping) else None
+    is_one = isinstance(state_dict, Mapping) and "groups" in state_dict
+    saved = from_flat(state_dict["groups"], scope) if is_one else None
     if saved is None:
         raise ValueError("state_dict must be what ZClip.state_dict() returned: a dict with 'groups' of statistics")
     return saved

@@ -11,7 +11,7 @@ from torch import nn
 from training import backward, make_model, set_gradients
 
 import zclip_optim.gradients
-from zclip_optim import NonFiniteGradientError, ZClip, ZClipWarning
+from zclip_optim import NonFiniteGradientError, ZClip, ZClipOptimizer, ZClipWarning
 
 
 def feed(clipper, norms, params=None):
@@ -355,6 +355,10 @@ class TestState:
         stricter.load_state_dict(clipper.state_dict())
         assert stricter.config.z_thresh == 1.0
 
+    def test_a_state_of_the_wrapper_is_told_from_its_own(self):
+        with pytest.raises(ValueError, match=r"must be what ZClip\.state_dict\(\) returned"):
+            ZClip().load_state_dict(ZClipOptimizer(torch.optim.SGD(make_model().parameters())).state_dict())
+
     @pytest.mark.parametrize("state", [{}, {"groups": []}, {"groups": [{}]}])
     def test_what_is_not_a_state_is_refused(self, state):
         with pytest.raises(ValueError, match=r"what ZClip\.state_dict|list of dicts"):
@@ -378,6 +382,49 @@ def test_groups_take_what_torch_takes(give):
 def test_other_things_than_parameters_are_refused(things):
     with pytest.raises(TypeError, match="must be a module, parameters or param groups"):
         ZClip().step(things)
+
+
+@pytest.mark.parametrize(
+    ("thing", "message"),
+    [
+        (torch.optim.SGD([nn.Parameter(torch.ones(3))]), r"got SGD; give it optimizer\.param_groups"),
+        (
+            ZClipOptimizer(torch.optim.SGD([nn.Parameter(torch.ones(3))])),
+            r"got ZClipOptimizer; give it optimizer\.param_gr",
+        ),
+        (None, "got NoneType"),
+        (3.0, "got float"),
+        ({"params": [nn.Parameter(torch.ones(3))]}, "got dict; param groups come in a list"),
+        ({"weight": nn.Parameter(torch.ones(3))}, r"got dict; give it its values\(\)"),
+        ([{"lr": 0.1}], "got dict among them"),
+    ],
+)
+@pytest.mark.parametrize("use", [ZClip.step, ZClip.norms_by_parameter])
+def test_what_is_to_be_given_instead(use, thing, message):
+    with pytest.raises(TypeError, match=f"model_or_parameters must be a module, parameters or param groups, {message}"):
+        use(ZClip(), thing)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda params: iter(params),
+        lambda params: [{"params": iter(params)}, {"params": []}],
+        lambda params: iter([{"params": params}]),
+    ],
+)
+def test_an_iterator_that_is_gone_through_is_warned_of(given):
+    params = list(make_model().parameters())
+    set_gradients(params, 1.0)
+    clipper, once = ZClip(), given(params)
+    assert clipper.step(once) == pytest.approx(1.0)
+    with pytest.warns(ZClipWarning, match="an iterator, .* that is gone through by now: nothing"):
+        assert clipper.step(once) == 0
+
+
+def test_no_parameters_at_all_are_nothing_to_warn_of():
+    for nothing in ([], nn.ReLU(), [{"params": []}]):
+        assert ZClip().step(nothing) == 0
 
 
 def test_spike_rate_after_resuming_with_a_longer_warm_up():

@@ -428,7 +428,7 @@ class TestOneClipperForTwoNetworks:
 
         health = Health(ZClip().config, ZClip()._state.read())
         for _ in range(50):
-            health.check_turns([{"params": Groups([p])}])
+            health.check_given([p], [{"params": Groups([p])}])
 
     def test_keeps_no_network_alive(self):
         clipper, model = ZClip(), self.network()

@@ -697,6 +697,15 @@ class TestState:
         assert optimizer.clipper._state.values.data_ptr() == place
         assert optimizer.metrics.step == 2
 
+    def test_it_may_be_made_in_inference_mode(self, on_device):
+        p = torch.nn.Parameter(torch.randn(5))
+        optimizer = ZClipOptimizer(sgd([p]))
+        set_gradients([p], 1.0)
+        with torch.inference_mode():
+            optimizer.step()
+        optimizer.step()
+        assert optimizer.metrics.step == 2
+
     def test_a_copy_goes_its_own_way(self, on_device):
         p = torch.nn.Parameter(torch.randn(5))
         clipper = ZClip()
