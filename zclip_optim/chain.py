@@ -337,3 +337,33 @@ def _numbers(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 def _renumbered(groups: Sequence[Mapping[str, Any]], numbers: Mapping[Any, int]) -> list[dict[str, Any]]:
     return [{**group, "params": [numbers[number] for number in group["params"]]} for group in groups]
+
+
+def with_those_inside(optimizer: Any) -> list[Any]:
+    """An optimizer and those that it holds, as attributes or in a list or dict that is one."""
+    found = [optimizer]
+    for holder in found:  # which grows meanwhile
+        inside = (value for value in _held(holder) if looks_like_optimizer(value))
+        found += [value for value in inside if all(value is not other for other in found)]
+    return found
+
+
+def _held(holder: Any) -> Iterator[Any]:
+    for value in list(attributes_of(holder).values()):
+        yield value
+        if isinstance(value, (list, tuple)):
+            yield from value
+        elif isinstance(value, dict):
+            yield from list(value.values())
+
+
+def attributes_of(holder: Any) -> dict[str, Any]:
+    """Its own."""
+    attributes: dict[str, Any] = getattr(holder, "__dict__", {})
+    return attributes
+
+
+def looks_like_optimizer(value: Any) -> bool:
+    """Whether it is one, of torch's class or not."""
+    kind = type(value)
+    return isinstance(value, torch.optim.Optimizer) or (hasattr(kind, "step") and hasattr(kind, "zero_grad"))

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from zclip_optim.checks import with_those_inside
+from zclip_optim.chain import with_those_inside
 from zclip_optim.clipper import ZClip
 from zclip_optim.gradients import CHOICE, choices
 from zclip_optim.state import SavedState, find_param_groups, from_flat, from_state_dict, to_flat

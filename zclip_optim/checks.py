@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
+from zclip_optim.chain import attributes_of, with_those_inside
 from zclip_optim.gradients import ParamGroups, named_gradients
 from zclip_optim.layout import ShardGroups, in_use, is_on_mesh
 from zclip_optim.norm import gradient_norm, is_ordinary
@@ -164,33 +164,6 @@ def _instead_of(thing: Any) -> str:
     return ""
 
 
-def with_those_inside(optimizer: Any) -> list[Any]:
-    """An optimizer and those that it holds, as attributes or in a list or dict that is one."""
-    found = [optimizer]
-    for holder in found:  # which grows meanwhile
-        inside = (value for value in _held(holder) if _looks_like_optimizer(value))
-        found += [value for value in inside if all(value is not other for other in found)]
-    return found
-
-
-def _held(holder: Any) -> Iterator[Any]:
-    for value in list(_attributes(holder).values()):
-        yield value
-        if isinstance(value, (list, tuple)):
-            yield from value
-        elif isinstance(value, dict):
-            yield from list(value.values())
-
-
-def _attributes(holder: Any) -> dict[str, Any]:
-    attributes: dict[str, Any] = getattr(holder, "__dict__", {})
-    return attributes
-
-
-def _looks_like_optimizer(value: Any) -> bool:
-    return isinstance(value, Optimizer) or (hasattr(type(value), "step") and hasattr(type(value), "zero_grad"))
-
-
 def _why_not(optimizer: Any, wrapper: type) -> str | None:
     """What keeps this optimizer from being wrapped, and what to do instead; None if nothing does."""
     bases = type(optimizer).__mro__
@@ -204,7 +177,7 @@ def _why_not(optimizer: Any, wrapper: type) -> str | None:
             "Horovod's, which waits for the gradients of the other ranks in its step() only. Clip in the loop: "
             "optimizer.synchronize(), then zclip_optim.ZClip().step(model), then the step in skip_synchronize()"
         )
-    for name, value in _attributes(optimizer).items():
+    for name, value in attributes_of(optimizer).items():
         if _is_active_scaler(value):
             return (
                 f"an optimizer with a loss scaler of its own, {name}: its step() {LATE}. Use torch.amp.GradScaler "

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch.optim import LBFGS, Optimizer
 
-from zclip_optim.chain import Chain, given
-from zclip_optim.checks import with_those_inside
+from zclip_optim.chain import Chain, given, with_those_inside
 from zclip_optim.clipper import ZClip
 from zclip_optim.fused import Kernels
 from zclip_optim.gradients import ParamGroups, choices, collect_gradients, zero_gradients_

@@ -125,8 +125,8 @@ class Health:
         if is_gone_through(given, param_groups):
             self.warn(
                 "gone through",
-                "ZClip.step() was given an iterator, such as model.parameters(), that is gone through by now: nothing is "
-                "clipped. Give it the model, or a list",
+                "ZClip.step() was given an iterator, such as model.parameters(), that is gone through by now: nothing "
+                "is clipped. Give it the model, or a list",
             )
         if TURNS not in self._said and not torch.compiler.is_compiling() and self._turns.has_come_back(param_groups):
             self.warn(
