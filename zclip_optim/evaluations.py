@@ -36,7 +36,7 @@ class Evaluations:
         self._stayed_put = False  # in the last step with a closure
         self._begun: _Step | None = None  # in stages, of which some are to come
 
-    def step(self, base: Any, kernels: Kernels, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def step(self, base: Any, kernels: Kernels, closure: Any = None, /, *args: Any, **kwargs: Any) -> Any:
         """Let the base optimizer step with a closure, or what its step takes in the place of one, and more.
 
         Returns:
@@ -54,7 +54,7 @@ class Evaluations:
             return base.step(*given(closure, args), **kwargs)
         return uncompiled(count_left_out)(base)
 
-    def _evaluate(self, base: Any, kernels: Kernels, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+    def _evaluate(self, base: Any, kernels: Kernels, closure: Callable[[], Any], /, *args: Any, **kwargs: Any) -> Any:
         step = _Step(base, self.clipper, may_move=not self._stayed_put, kernels=kernels)
         clipping = _ClippingClosure(step, closure)
         try:
@@ -100,7 +100,7 @@ def count_left_out(base: Any) -> None:
             optimizer._opt_called = True
 
 
-def refuse_arguments(base: Any, *args: Any, **kwargs: Any) -> None:
+def refuse_arguments(base: Any, /, *args: Any, **kwargs: Any) -> None:
     """Refuse arguments that the step of an optimizer, or of one of several, does not take.
 
     Raises:

@@ -126,6 +126,17 @@ def test_a_first_argument_that_is_no_closure():
     assert norm_of(model) == pytest.approx(1.0)
 
 
+def test_any_name():
+    class Names(torch.optim.SGD):
+        def step(self, closure=None, base=None, kernels=None, args=None, step=None):
+            return closure and closure(), base, kernels, args, step
+
+    model, optimizer = make(Names)
+    names = {"base": 1, "kernels": 2, "args": 3, "step": 4}
+    assert optimizer.step(**names) == (None, 1, 2, 3, 4)
+    assert optimizer.step(closure_of(model, 1.0), **names) == (7.0, 1, 2, 3, 4)
+
+
 def test_a_step_that_is_left_out_gets_nothing():
     model, optimizer = make(Momo)
     set_gradients(model.parameters(), math.nan)
