@@ -53,7 +53,7 @@ NOTES = (
     "a run that diverged, or whose validation loss is above that of a model that knows only how often each target "
     "occurs, counts with the loss of that model",
     "differences are over the seeds that both have: methods that decide nothing were run with fewer",
-    "-: AdaGC is an optimizer of Adam's kind itself, and max_grad_norm=1 is advice for those alone",
+    "-: max_grad_norm=1 is advice for optimizers of Adam's kind alone; some workloads have some methods alone",
 )
 
 

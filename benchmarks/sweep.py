@@ -32,9 +32,9 @@ NOTES = (
     "differences (... - paper's): from the run under the paper's rule with the same seed, mean ± standard error; below "
     "zero is better; a run that diverged counts with the loss of a model that knows only how often each byte (digit) "
     "occurs, one that did not solve its task with all its episodes",
-    "none: the bare optimizer; fixed N: clip_grad_norm_ at N; autoclip and AdaGC: the packages' defaults; zclip 1.0.0: "
-    "the published package without its cap of 1.0, so that its own rule is seen; paper: ZClipOptimizer as in the paper "
-    "(z_thresh=2.5, alpha=0.97, reciprocal, no cap); named by options: the paper's rule with these",
+    "none: the bare optimizer; fixed N: clip_grad_norm_ at N; autoclip: the 90th percentile, the package's default, "
+    "and the 10th, its paper's; paper: ZClipOptimizer as in the paper (z_thresh=2.5, alpha=0.97, reciprocal, no cap); "
+    "named by options: the paper's rule with these",
     "columns that begin with 'paper:' are published figures, of 1 B parameters and 50 B tokens; its rates stand beside "
     "ours in order, not in size; downstream scores have no meaning at our size: validation loss and spikes stand in "
     "for them",

@@ -219,12 +219,7 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
     capped = g_star if cap is None else where(g_star < cap, g_star, cap)
     ordinary = where(warm, mean + config.z_thresh * scale, math.inf)
     growing, window = _start(stats.step + 0 * mean, config)  # in the precision of the norm, though steps be integers
-    entering = g_star
-    if config.lookback is not None:
-        # what is common is no anomaly:   x = mu + z_thresh sigma, so that the spread grows until it is inside
-        many = COMMON * (stats.spike_steps + 1) > stats.step - config.warmup_steps + FEW
-        common = is_spike & growing & many
-        entering = where(common, mean + config.z_thresh * std, g_star)
+    entering = _entering(g_star, is_spike & growing, std, stats, config, where)
     new_mean, new_var = _updated(entering, is_spike, growing, window, stats, config, where)
     _, _, step, streak, spikes, clipped_steps = stats
     streak = (streak + 1) * is_spike
@@ -245,6 +240,19 @@ def _spike_threshold(z: Scalar, mean: Scalar, std: Scalar, config: ZClipConfig) 
         return mean
     xi = config.z_thresh * (config.z_thresh / z)
     return mean + config.clip_factor * xi * std
+
+
+def _entering(
+    g_star: Scalar, is_early_spike: Scalar, std: Scalar, stats: NormStats, config: ZClipConfig, where: Where
+) -> Scalar:
+    """What the averages take: g*_t, but for spikes that are common while `lookback` has a growing window.
+
+    x = mu + z_thresh sigma, so that the spread grows until what is no anomaly is inside
+    """
+    if config.lookback is None:
+        return g_star
+    is_common = COMMON * (stats.spike_steps + 1) > stats.step - config.warmup_steps + FEW
+    return where(is_early_spike & is_common, stats.mean + config.z_thresh * std, g_star)
 
 
 def _start(step: Scalar, config: ZClipConfig) -> tuple[Scalar, Scalar]:

@@ -44,7 +44,6 @@ def informing(contender: Contender) -> Contender:
 NONE, PAPER = Contender("none", "none"), Contender("paper", "paper")
 AUTOCLIP, PUBLISHED = Contender("autoclip", "autoclip"), Contender("zclip 1.0.0", "published")
 AUTOCLIP_LOW = Contender("autoclip, 10th percentile", "autoclip", (("quantile", 0.1),))
-ADAGC = Contender("AdaGC", "adagc", scale_free=True)
 CAPPED = ours(scale_free=True, max_grad_norm=1)
 PATIENT = ours(patience=200)
 FALLING = ours(alpha_down=0.8)
