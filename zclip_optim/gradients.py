@@ -153,16 +153,19 @@ class ReportedNorm:
 
     def __init__(self, norm: float | Tensor) -> None:
         self.factor: Any = 1.0
-        self.norm = whole_tensor(norm) if isinstance(norm, Tensor) else norm
-        _refuse_unless_one(self.norm)
-        self.device = self.norm.device if isinstance(self.norm, Tensor) and stays_on_device(self.norm) else None
-        if self.device is None and float(self.norm) < 0:
-            raise ValueError(f"norm must be >= 0, got {float(self.norm)}; give math.inf where gradients have overflown")
+        self.device: torch.device | None = None
+        if isinstance(norm, Tensor):
+            norm = whole_tensor(norm)
+            self.device = norm.device if stays_on_device(norm) else None
+        _refuse_unless_one(norm)
+        self.norm = norm if self.device is not None else float(norm)
+        if self.device is None and self.norm < 0:
+            raise ValueError(f"norm must be >= 0, got {self.norm}; give math.inf where gradients have overflown")
 
     def norms(self) -> Any:
         """The norm as it was reported, as `Gradients.norms` gives them. On an accelerator one below 0 becomes NaN."""
         if self.device is None:
-            return [float(self.norm)]
+            return [self.norm]
         norm = torch.as_tensor(self.norm).reshape(1).to(wide_dtype(self.device))
         return norm.where((norm < 0).logical_not(), math.nan)
 
@@ -286,8 +289,7 @@ def whole_tensor(value: Tensor) -> Tensor:
 
 
 def _refuse_unless_one(norm: Any) -> None:
-    is_one = norm.numel() == 1 if isinstance(norm, Tensor) else hasattr(norm, "__float__")
-    if not is_one:
+    if not (norm.numel() == 1 if isinstance(norm, Tensor) else hasattr(norm, "__float__")):
         got = f"one of shape {tuple(norm.shape)}" if isinstance(norm, Tensor) else repr(norm)
         raise TypeError(f"norm must be a number or a tensor of one element, got {got}")
 

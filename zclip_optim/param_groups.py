@@ -49,7 +49,7 @@ def _is_group(item: Any) -> bool:
 
 
 def _refuse_unless_parameters(thing: Any) -> None:
-    if isinstance(thing, Iterable) and not isinstance(thing, Mapping):
+    if isinstance(thing, (list, tuple)) or (isinstance(thing, Iterable) and not isinstance(thing, Mapping)):
         return
     instead = ""
     if hasattr(thing, "param_groups"):
@@ -65,7 +65,7 @@ def is_gone_through(given: Any, groups: ParamGroups) -> bool:
     Args:
         groups: that it has made of it.
     """
-    if all(group["params"] for group in groups):
+    if all([group["params"] for group in groups]):
         return False
     if isinstance(given, Iterator):
         return not any(group["params"] for group in groups)
@@ -140,11 +140,11 @@ class Turns:
 
     def has_come_back(self, groups: ParamGroups) -> bool:
         """Whether a step for these parameters makes it plain that there are several sets."""
-        first = next((group["params"][0] for group in groups if group["params"]), None)
+        params = groups[0]["params"]
         self._steps += 1
-        if first is None or self._orders > ORDERS or (self._firsts and self._firsts[-1]() is first):
+        if not params or self._orders > ORDERS or (self._firsts and self._firsts[-1]() is params[0]):
             return False
-        return self._change(first, groups)
+        return self._change(params[0], groups)
 
     def _change(self, first: Any, groups: ParamGroups) -> bool:
         firsts = [p for each in self._firsts if (p := each()) is not None]
