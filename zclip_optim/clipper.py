@@ -266,12 +266,11 @@ class ZClip:
 
     def _restore(self, saved: SavedState | None, param_groups: ParamGroups | None = None) -> None:
         """Take over a parsed state, of these groups, or of those that come next; None starts afresh."""
-        records = fresh_records(saved)
-        self._go_on_from(records, self._state.device)
-        self._health.restart(records)
         self._groups = KnownGroups()
+        self._go_on_from(fresh_records(saved), self._state.device)
         if param_groups is not None:
-            self._groups.know(param_groups)
+            self._follow(param_groups)
+        self._health.restart(self._state.read())
 
     def _saved_state(self, param_groups: ParamGroups) -> SavedState:
         """What a checkpoint of these param groups has."""

@@ -1,7 +1,9 @@
 """With scope="group" a statistic belongs to its param group, whatever is done to the list of groups in a run."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -184,6 +186,31 @@ def test_and_before(move, edit, anywhere):
     optimizer = train(wrap(sgd(make_groups())))
     edit(optimizer)
     check(move(optimizer))
+
+
+@pytest.mark.parametrize("edit", [lambda optimizer: None, delete, reverse])
+def test_a_checkpoint_of_the_bare_optimizer_starts_each_afresh(edit, anywhere):
+    optimizer = train(wrap(sgd(make_groups())))
+    optimizer.load_state_dict({"state": {}, "param_groups": [without_ours(g) for g in bare(optimizer)]})
+    edit(optimizer)
+    check(optimizer, new=set(LEVELS))
+
+
+def bare(optimizer):
+    return optimizer.base_optimizer.state_dict()["param_groups"]
+
+
+def without_ours(group):
+    return {name: value for name, value in group.items() if not name.startswith("zclip")}
+
+
+def test_of_several_without_a_statistic_each_nothing_is_kept():
+    optimizer = train(ZClipOptimizer(sgd(make_groups())))
+    optimizer.load_state_dict(optimizer.state_dict())
+    removed = weakref.ref(optimizer.param_groups.pop()["params"][0])
+    optimizer.zero_grad()
+    gc.collect()
+    assert removed() is None
 
 
 def test_a_part_of_a_list_may_get_groups(anywhere):
