@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zclip_optim.algorithm import Decision, Scalar, ZClipConfig, decide, where_for
-from zclip_optim.checks import refuse_to_read
+from zclip_optim.checks import refuse_meta, refuse_to_look, refuse_to_read
 from zclip_optim.health import ZClipWarning
 from zclip_optim.norm import wide_dtype
 from zclip_optim.state import Counters, StepRecord, was_skipped
@@ -161,9 +161,14 @@ class DeviceState:
         """Whether what is done now goes into a CUDA graph, so that nothing can be read."""
         return _is_capturing(self.values)
 
-    def note_finite(self) -> None:
-        """Somebody has read that the norm of the last step was finite: that much of the records is known."""
-        self.last_read = [record._replace(failed=False) for record in self.last_read]
+    def must_skip(self, flag: Tensor) -> bool:
+        """Whether the step must be left out: the one thing that is ever read back in a step."""
+        refuse_meta(self.device)
+        refuse_to_look(self.is_being_captured())
+        if flag.item():
+            return True
+        self.last_read = [record._replace(failed=False) for record in self.last_read]  # that much of them is known
+        return False
 
 
 def _is_capturing(values: Tensor) -> bool:
