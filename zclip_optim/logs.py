@@ -74,7 +74,7 @@ def read_records(path: str | PathLike[str]) -> list[Record]:
 def _read_json(text: str, path: str | PathLike[str]) -> list[Record]:
     try:
         document, end = json.JSONDecoder().raw_decode(text.strip())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if end == len(text.strip()):
         return _rows_of(document, path)
@@ -92,7 +92,7 @@ def _read_csv(text: str, path: str | PathLike[str]) -> list[Record]:
 def _parse_line(line: str, place: str) -> Record:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{place} is not a JSON object: {line[:80]}")
@@ -208,4 +208,4 @@ def logged_step(record: Record, prefix: str) -> float | None:
     logged = (as_number(record.get(key)) for key in STEP_KEYS)
     counted, skipped = (as_number(record.get(prefix + name)) for name in ("step", "skipped_steps"))
     else_counted = None if counted is None else counted + (skipped or 0.0)
-    return next((step for step in logged if step is not None), else_counted)
+    return next((step for step in logged if step is not None and math.isfinite(step)), else_counted)

@@ -73,6 +73,7 @@ FORMS = {
     "json list": (json.dumps([{"grad_norm": 1.5}, {"grad_norm": NAN}, {"grad_norm": 0.5}]), "grad_norm", None, 0),
     "trainer_state.json": (json.dumps(TRAINER, indent=2), "grad_norm", STEPS, 2),
     "columns": (json.dumps({"kind": "RL", "logging_steps": 10, "grad_norm": [1.5, None, 0.5]}), "grad_norm", STEPS, 0),
+    "steps that are no numbers": ("step,grad_norm\nnan,1.5\n-,nan\n,0.5\n", "grad_norm", None, 0),
     "an underscore": ("total_grad_norm\n1.5\nnan\n0.5\n", "total_grad_norm", None, 0),
     "a separator before an underscore": (
         "max_grad_norm,zclip/grad_norm\n1,1.5\n1,nan\n1,0.5\n",
@@ -140,6 +141,7 @@ ERRORS = {
     "only zeros": ("grad_norm\n0\n0\n", "has no norm under 'grad_norm' that is finite and above 0"),
     "a line that is cut": ('{"grad_norm": 1}\n{"grad', "line 2 of .* is not JSON"),
     "a document that is cut": ('{\n  "log_history": [\n    {"grad', "log is not JSON: .*: line 3 column 6"),
+    "brackets without end": ("[" * 100_000, "log is not JSON: "),
     "a line that is a list": ('{"grad_norm": 1}\n[1]\n', r"line 2 of .* is not a JSON object: \[1\]"),
     "numbers": ("[1, 2]", "is JSON, but its rows are not a list of objects"),
     "a broken history": ('{"log_history": {"grad_norm": 1}}', "is JSON, but its rows are not a list of objects"),
