@@ -28,7 +28,8 @@ from benchmarks.report.progress import progress_interval
 from benchmarks.report.summary import heading, markdown
 from benchmarks.training.contenders import Contender, ours
 from benchmarks.training.methods import METHODS
-from zclip_optim.algorithm import NormStats, ZClipConfig, decide
+from zclip_optim import ZClipConfig, decide, replay
+from zclip_optim.replay import step_records
 
 NOISE = 0.05  # standard deviation of the norm, in units of its mean
 BEFORE = 200  # steps before the level shifts
@@ -129,12 +130,7 @@ def row(norms: Norms, detector: str, shares: list[float]) -> Row:
 
 def zclip_optim(norms: Sequence[float], **options: object) -> list[bool]:
     """Which norms `zclip_optim` takes for spikes."""
-    config, stats, spikes = ZClipConfig(**options), NormStats(), []
-    for norm in norms:
-        decision = decide(norm, stats, config)
-        stats = decision.stats
-        spikes.append(bool(decision.is_spike))
-    return spikes
+    return [m.is_spike for m in replay(norms, **options)]
 
 
 def published(norms: Sequence[float]) -> list[bool]:
@@ -186,11 +182,10 @@ def steps_blind(bad_step: int, factor: float, seed: int, options: Mapping[str, A
     """The first step (from 1) at which a norm of PROBE would be clipped; None if there is none up to PROBED."""
     norms = normal(torch.Generator().manual_seed(seed), PROBED - WARMUP).tolist()
     norms[bad_step - 1] *= factor
-    config, stats = ZClipConfig(**options), NormStats()
-    for step, norm in enumerate(norms, start=1):
-        if decide(PROBE, stats, config).is_spike:
+    config = ZClipConfig(**options)
+    for step, record in enumerate(step_records(norms, config), start=1):
+        if decide(PROBE, record.before, config).is_spike:
             return step
-        stats = decide(norm, stats, config).stats
     return None
 
 

@@ -11,6 +11,7 @@ from zclip_optim.clipper import ZClip
 from zclip_optim.health import NonFiniteGradientError, ZClipWarning
 from zclip_optim.metrics import ClipMetrics, ParameterNorm
 from zclip_optim.optimizer import ZClipOptimizer
+from zclip_optim.replay import replay
 
 __version__ = "0.3.0"
 
@@ -25,4 +26,5 @@ __all__ = [
     "ZClipWarning",
     "__version__",
     "decide",
+    "replay",
 ]

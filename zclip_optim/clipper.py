@@ -12,7 +12,7 @@ from zclip_optim.algorithm import Scalar, ZClipConfig
 from zclip_optim.checks import refuse_unless_count
 from zclip_optim.fused import Kernels, KernelScaler
 from zclip_optim.gradients import Gradients, ParamGroups, ReportedNorm, Scaler
-from zclip_optim.health import nonfinite_error
+from zclip_optim.health import must_stop, nonfinite_error
 from zclip_optim.measure import gradients_of, measure
 from zclip_optim.metrics import ClipMetrics, ParameterNorm, combine, ranked
 from zclip_optim.param_groups import as_param_groups
@@ -162,8 +162,8 @@ class ZClip:
         return policy == "pass" or (policy == "skip" and state.last_read[0].nonfinite_streak + 1 < limit)
 
     def _raise_if_told_to(self, norms: Iterable[Scalar], scaler: Scaler) -> None:
-        record, limit = self._records.read()[0], self.config.max_consecutive_nonfinite or math.inf
-        if record.failed and (self.config.nonfinite == "raise" or record.nonfinite_streak >= limit):
+        record = self._records.read()[0]
+        if must_stop(record, self.config):
             # Whether a rank gets here with kernels of its own depends on what it has read before: no collective then.
             where = scaler.describe_nonfinite(ask_others=not (scaler.acts_later and self.config.nonfinite == "skip"))
             raise nonfinite_error(math.hypot(*map(float, norms)), record, where)

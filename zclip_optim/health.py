@@ -48,6 +48,12 @@ def nonfinite_error(norm: float, record: StepRecord, where: str) -> NonFiniteGra
     )
 
 
+def must_stop(record: StepRecord, config: ZClipConfig) -> bool:
+    """Whether a step that was not taken is to raise that error."""
+    limit = config.max_consecutive_nonfinite or math.inf
+    return bool(record.failed and (config.nonfinite == "raise" or record.nonfinite_streak >= limit))
+
+
 class Health:
     """Watches the records go by: of every step, or, on an accelerator, of those after which they were read.
 

@@ -10,13 +10,13 @@ Needs the extra `plot`; matplotlib is imported on use.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from zclip_optim.logs import ALWAYS, Record, logged_step, read_records
+from zclip_optim.logs import as_number as _number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
     from zclip_optim.metrics import ParameterNorm
 
-Record: TypeAlias = Mapping[str, Any]
-
 REQUIRED = ("grad_norm", "clipped_norm")
-ALWAYS = "clip_coef"  # is logged also of a step whose norms are no numbers
-STEP_KEYS = ("step", "_step")  # the second is W&B's
 LOSS_KEYS = ("loss", "train_loss", "train/loss", "loss_step", "train_loss_step", "train/loss_step")
 BEFORE, AFTER, THRESHOLD, CLIPPED, SKIPPED = "#c9c9c9", "#1769c2", "#2a9d4a", "#e07b00", "#c0392b"
 STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
@@ -146,33 +142,6 @@ def _as_records(records_or_path: Sequence[Record] | str | PathLike[str]) -> Sequ
     return read_records(records_or_path) if isinstance(records_or_path, (str, PathLike)) else records_or_path
 
 
-def read_records(path: str | PathLike[str]) -> list[Record]:
-    """The rows of a CSV file, of JSON-lines, or of the ``log_history`` in a Trainer's ``trainer_state.json``.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is JSON-lines with a line that is no JSON object; names the line.
-    """
-    text = Path(path).read_text(encoding="utf8")
-    if not text.lstrip().startswith("{"):
-        return list(csv.DictReader(text.splitlines()))
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError:  # more than one line
-        return [_parse_line(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    return list(document.get("log_history", [document]))
-
-
-def _parse_line(line: str, number: int, path: str | PathLike[str]) -> Record:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number} of {path} is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"line {number} of {path} is not a JSON object: {line[:80]}")
-    return record
-
-
 class _Series(NamedTuple):
     """Values over steps."""
 
@@ -235,21 +204,11 @@ def _has_norms(record: Record, prefix: str) -> bool:
     return all(_number(record.get(prefix + name)) is not None for name in REQUIRED)
 
 
-def _number(value: Any) -> float | None:
-    """The value as a float; None for what is missing (loggers leave empty cells) or no number."""
-    try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError):
-        return None
-
-
 def _steps(records: Sequence[Record], prefix: str) -> Iterator[float]:
-    """The logger's step, else the steps that ZClip has counted, else the position."""
+    """The steps as they were logged, else the position."""
     for position, record in enumerate(records, 1):
-        logged = (_number(record.get(key)) for key in STEP_KEYS)
-        counted, skipped = (_number(record.get(prefix + name)) for name in ("step", "skipped_steps"))
-        else_counted = float(position) if counted is None else counted + (skipped or 0.0)
-        yield next((step for step in logged if step is not None), else_counted)
+        step = logged_step(record, prefix)
+        yield float(position) if step is None else step
 
 
 def _find_prefixes(records: Sequence[Record]) -> list[str]:

@@ -14,7 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from zclip_optim.algorithm import Decision, NormStats, ZClipConfig, decide
+from zclip_optim.algorithm import ZClipConfig, decide
+from zclip_optim.metrics import ClipMetrics
+from zclip_optim.replay import step_records
+from zclip_optim.replay.report import LOCKED_IN, is_locked_in, longest_streak
 
 FOLDER = Path(__file__).with_name("norms")
 WINDOW = 51  # norms before, whose median is the ordinary norm
@@ -23,13 +26,12 @@ SPIKE = 3.0  # medians
 CAUGHT = 1.5  # medians that are left of what was caught
 PROBE = 10.0  # medians, of the norm that is tried at every step
 APART = 10  # steps between isolated spikes
-STREAK = 20  # steps
 
 HISTORY_NOTES = (
     f"spike: a norm over {SPIKE:g} times the median of the {WINDOW} before it; isolated: none of the {APART} before it "
     f"is one; caught: cut to below {CAUGHT:g} medians; tenfold norm caught: the share of the steps at which a norm of "
     f"{PROBE:g} medians would be; ordinary steps clipped: of all that are no spikes; longest streak: spikes of the "
-    f"rule in a row; locked in: the history ends in a streak of at least {STREAK}; the first {FIRST} do not count",
+    f"rule in a row; locked in: the history ends in a streak of at least {LOCKED_IN}; the first {FIRST} do not count",
 )
 
 
@@ -75,15 +77,13 @@ def load_history(path: Path) -> History:
 
 def replayed(history: History, options: Mapping[str, Any]) -> Replayed:
     """What ZClip with these options does to it."""
-    config, stats = ZClipConfig(**options), NormStats()
-    medians = running_medians(history.norms)
-    steps: list[tuple[float, float, Decision, bool]] = []  # norm, median, decision, whether a tenfold one is caught
-    for norm, median in zip(history.norms, medians, strict=True):
-        decision = decide(norm, stats, config)
-        caught = decide(PROBE * median, stats, config).clipped_norm < CAUGHT * median
-        steps.append((norm, median, decision, caught))
-        stats = decision.stats
-    return summarized(history.name, steps)
+    config, medians = ZClipConfig(**options), running_medians(history.norms)
+    metrics: list[ClipMetrics] = []
+    tenfold_caught: list[bool] = []
+    for record, median in zip(step_records(history.norms, config), medians, strict=True):
+        metrics.append(ClipMetrics.of(record, config.warmup_steps))
+        tenfold_caught.append(decide(PROBE * median, record.before, config).clipped_norm < CAUGHT * median)
+    return summarized(history.name, metrics, medians, tenfold_caught)
 
 
 def running_medians(norms: Sequence[float]) -> list[float]:
@@ -97,17 +97,18 @@ def running_medians(norms: Sequence[float]) -> list[float]:
     return medians
 
 
-def summarized(name: str, steps: Sequence[tuple[float, float, Decision, bool]]) -> Replayed:
+def summarized(
+    name: str, metrics: Sequence[ClipMetrics], medians: Sequence[float], tenfold_caught: Sequence[bool]
+) -> Replayed:
     """The counts."""
-    spiked = [norm > SPIKE * median for norm, median, *_ in steps]
-    streaks = [int(decision.stats.streak) for *_, decision, _ in steps]
-    counted = [i for i, (norm, *_) in enumerate(steps) if i >= FIRST and 0 < norm < math.inf]
+    spiked = [m.grad_norm > SPIKE * median for m, median in zip(metrics, medians, strict=True)]
+    counted = [i for i, m in enumerate(metrics) if i >= FIRST and 0 < m.grad_norm < math.inf]
     isolated = [i for i in counted if spiked[i] and not any(spiked[max(0, i - APART) : i])]
     others = [i for i in counted if spiked[i] and any(spiked[max(0, i - APART) : i])]
     ordinary = [i for i in counted if not spiked[i]]
 
     def caught(indices: Sequence[int]) -> int:
-        return sum(steps[i][2].clipped_norm < CAUGHT * steps[i][1] for i in indices)
+        return sum(metrics[i].clipped_norm < CAUGHT * medians[i] for i in indices)
 
     return Replayed(
         history=name,
@@ -116,11 +117,11 @@ def summarized(name: str, steps: Sequence[tuple[float, float, Decision, bool]]) 
         isolated_caught=caught(isolated),
         others=len(others),
         others_caught=caught(others),
-        tenfold_caught=sum(steps[i][3] for i in counted),
+        tenfold_caught=sum(tenfold_caught[i] for i in counted),
         ordinary=len(ordinary),
-        ordinary_clipped=sum(steps[i][2].clip_coef < 1 for i in ordinary),
-        longest_streak=max(streaks),
-        locked_in=streaks[-1] >= STREAK,
+        ordinary_clipped=sum(metrics[i].clipped for i in ordinary),
+        longest_streak=longest_streak(metrics),
+        locked_in=is_locked_in(metrics),
     )
 
 

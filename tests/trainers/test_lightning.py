@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from training import make_batch, make_model, parameters, train_accumulating
 from versions import Muon
 
-from zclip_optim import ZClipOptimizer, ZClipWarning
+from zclip_optim import ZClipOptimizer, ZClipWarning, replay
 from zclip_optim.integrations.lightning import ZClipCallback
+from zclip_optim.logs import read_norms
 from zclip_optim.plotting import plot_history
 
 pytestmark = [
@@ -394,6 +395,9 @@ class TestLogging:
         labels = [text.get_text() for text in norm.get_legend().get_texts()]
         _, optimizer, _ = plain()
         assert f"clipped ({optimizer.metrics.clipped_steps})" in labels
+        replayed = replay(read_norms(path).norms, **OPTIONS)
+        assert len(replayed) == STEPS
+        assert replayed[-1].spike_steps == optimizer.metrics.spike_steps > 0
 
 
 class TestArguments:

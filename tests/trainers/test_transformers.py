@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 from zclip_optim import ZClipOptimizer, ZClipWarning
 from zclip_optim.integrations.transformers import ZClipCallback
+from zclip_optim.logs import read_norms
 from zclip_optim.plotting import plot_history
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.* argument is set as true but no accelerator")
@@ -251,6 +252,13 @@ def test_a_nan_step_is_skipped_and_logged(tmp_path):
     assert parameters(trainer.model).isfinite().all()
     assert "zclip/grad_norm" not in trainer.state.log_history[3]  # NaN is no JSON
     assert "zclip/clip_coef" in trainer.state.log_history[3]
+    trainer.state.save_to_json(str(tmp_path / "trainer_state.json"))
+    log = read_norms(tmp_path / "trainer_state.json", "zclip/grad_norm")
+    assert [step for step, norm in zip(log.steps, log.norms, strict=True) if math.isnan(norm)] == [4]
+    assert (len(log.norms), log.rows_without) == (STEPS, 1)  # the summary
+    theirs = read_norms(tmp_path / "trainer_state.json")
+    assert theirs.column == "grad_norm"
+    assert theirs.norms[4:] == pytest.approx(log.norms[4:])
 
 
 def test_max_grad_norm_is_warned_of(tmp_path):
