@@ -20,6 +20,7 @@ from zclip_optim.checks import (
 from zclip_optim.fused import Kernels, KernelScaler
 from zclip_optim.gradients import Gradients, ParamGroups, ReportedNorm, Scaler
 from zclip_optim.health import Health, nonfinite_error
+from zclip_optim.intervals import METRICS, Intervals, arranged
 from zclip_optim.layout import gradients_of
 from zclip_optim.metrics import ClipMetrics, ParameterNorm, combine, ranked
 from zclip_optim.param_groups import KnownGroups, Places, as_param_groups
@@ -66,6 +67,7 @@ class ZClip:
         self._health = Health(self.config, records)
         self._groups = KnownGroups()  # that the records are of, one of each, with scope="group"
         self._state: HostState | DeviceState = HostState(records)
+        self._intervals = Intervals()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ZClip":
         twin = memo[id(self)] = type(self).__new__(type(self))
@@ -208,6 +210,7 @@ class ZClip:
             places = self._groups.places_of(param_groups)
         if places != list(range(self._state.n_scopes)):
             self._go_on_from(self._arranged(places), self._state.device)
+            self._intervals.arrange(places)
         self._groups.know(param_groups)
 
     def _go_on_from(self, records: list[StepRecord], device: torch.device | None) -> None:
@@ -228,7 +231,7 @@ class ZClip:
         """The records in another order; a group that has none starts afresh."""
         records = self._wait_for_records()
         new = StepRecord.before_any(NormStats(), records[0].counters)
-        return [new if place is None or place >= len(records) else records[place] for place in places] or [new]
+        return arranged(records, places, new)
 
     @property
     def step_was_skipped(self) -> bool:
@@ -238,13 +241,21 @@ class ZClip:
     @property
     def metrics(self) -> ClipMetrics:
         """`ClipMetrics` of the last step; with ``scope="group"`` of all param groups together."""
-        groups = self.group_metrics
-        return groups[0] if len(groups) == 1 else combine(groups)
+        return combine(self.group_metrics)
 
     @property
     def group_metrics(self) -> list[ClipMetrics]:
         """`ClipMetrics` of the last step, one per param group that it had; a single one unless ``scope="group"``."""
-        return [ClipMetrics.of(record, self.config.warmup_steps) for record in self._wait_for_records()]
+        return self._metrics_for(METRICS)
+
+    def _metrics_for(self, reader: str) -> list[ClipMetrics]:
+        """The metrics of each scope, with the interval of this reader, which ends here."""
+        records = self._wait_for_records()
+        if any([record.interval_steps or record.interval_skips for record in records]):
+            self._intervals.add([record.interval for record in records])
+            self._state.begin_interval()
+        pairs = zip(records, self._intervals.end(reader), strict=True)
+        return [ClipMetrics.of(record, interval, self.config.warmup_steps) for record, interval in pairs]
 
     def norms_by_parameter(self, model_or_parameters: Parameters, limit: int | None = 10) -> list[ParameterNorm]:
         """As `ZClipOptimizer.norms_by_parameter`, of what `step` takes; those of a module have its names."""
@@ -268,6 +279,7 @@ class ZClip:
         """Take over a parsed state, of these groups, or of those that come next; None starts afresh."""
         self._groups = KnownGroups()
         self._go_on_from(fresh_records(saved), self._state.device)
+        self._intervals.restart(self._state.n_scopes)
         if param_groups is not None:
             self._follow(param_groups)
         self._health.restart(self._state.read())
