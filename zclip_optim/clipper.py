@@ -13,6 +13,7 @@ from zclip_optim.checks import refuse_unless_count
 from zclip_optim.fused import Kernels, KernelScaler
 from zclip_optim.gradients import Gradients, ParamGroups, ReportedNorm, Scaler
 from zclip_optim.health import must_stop, nonfinite_error
+from zclip_optim.intervals import METRICS
 from zclip_optim.measure import gradients_of, measure
 from zclip_optim.metrics import ClipMetrics, ParameterNorm, combine, ranked
 from zclip_optim.param_groups import as_param_groups
@@ -176,13 +177,17 @@ class ZClip:
     @property
     def metrics(self) -> ClipMetrics:
         """`ClipMetrics` of the last step; with ``scope="group"`` of all param groups together."""
-        groups = self.group_metrics
-        return groups[0] if len(groups) == 1 else combine(groups)
+        return combine(self.group_metrics)
 
     @property
     def group_metrics(self) -> list[ClipMetrics]:
         """`ClipMetrics` of the last step, one per param group that it had; a single one unless ``scope="group"``."""
-        return [ClipMetrics.of(record, self.config.warmup_steps) for record in self._records.read()]
+        return self._metrics_for(METRICS)
+
+    def _metrics_for(self, reader: str) -> list[ClipMetrics]:
+        """The metrics of each scope, with the interval of this reader, which ends here."""
+        pairs = self._records.read_for(reader)
+        return [ClipMetrics.of(record, interval, self.config.warmup_steps) for record, interval in pairs]
 
     def norms_by_parameter(self, model_or_parameters: Parameters, limit: int | None = 10) -> list[ParameterNorm]:
         """As `ZClipOptimizer.norms_by_parameter`, of what `step` takes; those of a module have its names."""

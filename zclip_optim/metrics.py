@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from zclip_optim.intervals import Interval
 from zclip_optim.state import StepRecord
 
 
@@ -32,11 +33,24 @@ class ClipMetrics:
         clip_rate: share of the finite, non-zero norms seen that were scaled, in [0, 1].
         spike_rate: share of the steps after warm-up that were spikes, in [0, 1].
         consecutive_spikes: spikes in a row up to this step.
+        interval_steps: steps in the interval, which are those since `metrics` was read at an earlier step, or since the
+            first step or a load of a checkpoint; skipped ones count, further evaluations of a closure do not.
+        interval_max_norm: largest finite norm in the interval, before clipping; NaN if none was above 0.
+        interval_min_coef: smallest `clip_coef` in the interval.
+        interval_spikes: spikes in the interval.
+        interval_skips: skipped steps in the interval.
 
-    Two of them are equal if all their values are; NaN is equal to NaN here, as both say that there is no number.
+    So who reads `metrics` every 50 steps sees the spikes in between. `metrics` and `group_metrics` share one interval:
+    a loop that reads one of them at every step has intervals of one step. The callbacks for trainers have another one,
+    and their logs miss no spike whoever reads `metrics`.
+
+    Two of them are equal if all values but those of the interval are, which depend on when they were read; NaN is equal
+    to NaN here, as both say that there is no number.
 
     With ``scope="group"`` the metrics of the whole step have the total norms and, of all groups, the smallest
-    `clip_coef` and the largest `z_score` and counters; `threshold`, `mean` and `std` are NaN, as only groups have them.
+    coefficients and the largest `z_score` and counters; `threshold`, `mean` and `std` are NaN, as only groups have
+    them. `interval_max_norm` is then made of the groups' largest norms, though they be of several steps: no total norm
+    in the interval is larger.
 
     Example:
         >>> import torch
@@ -65,9 +79,14 @@ class ClipMetrics:
     clip_rate: float
     spike_rate: float
     consecutive_spikes: int
+    interval_steps: int = field(compare=False)
+    interval_max_norm: float = field(compare=False)
+    interval_min_coef: float = field(compare=False)
+    interval_spikes: int = field(compare=False)
+    interval_skips: int = field(compare=False)
 
     @classmethod
-    def of(cls, record: StepRecord, warmup_steps: int) -> "ClipMetrics":
+    def of(cls, record: StepRecord, interval: Interval, warmup_steps: int) -> "ClipMetrics":
         """Of one scope."""
         decision, stats = record.decision, record.decision.stats
         steps = stats.step - warmup_steps  # fewer than the spikes, if it was resumed with a longer warm-up
@@ -89,6 +108,11 @@ class ClipMetrics:
             clip_rate=stats.clipped_steps / stats.step if stats.step else 0.0,
             spike_rate=min(1.0, stats.spike_steps / steps) if steps > 0 else 0.0,
             consecutive_spikes=stats.streak,
+            interval_steps=interval.steps,
+            interval_max_norm=interval.max_norm or math.nan,
+            interval_min_coef=interval.min_coef,
+            interval_spikes=interval.spikes,
+            interval_skips=interval.skips,
         )
 
     def __eq__(self, other: object) -> bool:
@@ -98,11 +122,12 @@ class ClipMetrics:
         return hash(self._values())
 
     def _values(self) -> tuple[Any, ...]:
-        """All values in a row, with None for NaN, which is not equal to itself."""
-        return tuple(None if value != value else value for value in astuple(self))
+        """All that are compared in a row, with None for NaN, which is not equal to itself."""
+        values = [getattr(self, each.name) for each in fields(self) if each.compare]
+        return tuple(None if value != value else value for value in values)
 
     def __repr__(self) -> str:
-        values = (f"{name}={v:.4g}" if type(v) is float else f"{name}={v}" for name, v in asdict(self).items())
+        values = (f"{name}={v:.4g}" if type(v) is float else f"{name}={v}" for name, v in vars(self).items())
         return f"ClipMetrics({', '.join(values)})"
 
     def as_dict(self, prefix: str = "zclip/") -> dict[str, float]:
@@ -121,11 +146,13 @@ class ClipMetrics:
             >>> metrics["train/clip_coef"], "train/grad_norm" in metrics
             (1.0, False)
         """
-        return {prefix + name: float(value) for name, value in asdict(self).items() if math.isfinite(value)}
+        return {prefix + name: float(value) for name, value in vars(self).items() if math.isfinite(value)}
 
 
 def combine(groups: Sequence[ClipMetrics]) -> ClipMetrics:
-    """The metrics of a whole step from those of its param groups."""
+    """The metrics of a whole step from those of its scopes."""
+    if len(groups) == 1:
+        return groups[0]
     return ClipMetrics(
         grad_norm=math.hypot(*(m.grad_norm for m in groups)),
         clipped_norm=math.hypot(*(m.clipped_norm for m in groups)),
@@ -144,6 +171,11 @@ def combine(groups: Sequence[ClipMetrics]) -> ClipMetrics:
         clip_rate=max(m.clip_rate for m in groups),
         spike_rate=max(m.spike_rate for m in groups),
         consecutive_spikes=max(m.consecutive_spikes for m in groups),
+        interval_steps=max(m.interval_steps for m in groups),
+        interval_max_norm=math.hypot(*(m.interval_max_norm for m in groups if m.interval_max_norm > 0)) or math.nan,
+        interval_min_coef=min(m.interval_min_coef for m in groups),
+        interval_spikes=max(m.interval_spikes for m in groups),
+        interval_skips=max(m.interval_skips for m in groups),
     )
 
 

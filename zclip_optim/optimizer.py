@@ -92,8 +92,8 @@ class ZClipOptimizer(Optimizer):
         parts: a tuple of the wrapped optimizers, which is one unless a list was given.
         clipper: the `ZClip` that does the work.
         metrics: `ClipMetrics` of the last step: `grad_norm`, `clipped_norm`, `threshold`, `z_score`, `clip_coef`,
-            `clipped`, `clip_rate` and more; ``metrics.as_dict()`` is ready for a logger. On an accelerator reading it
-            waits for the device, once per step; a step itself does not.
+            `clipped`, `clip_rate` and more, and of the steps since it was read before, `interval_max_norm` and more;
+            its ``as_dict()`` is ready for a logger. On an accelerator reading it waits, once per step; a step does not.
         group_metrics: `ClipMetrics` of the last step for each param group, with ``scope="group"``.
         step_was_skipped: whether the last step left the parameters alone, because the norm was NaN, infinite or above
             `z_skip`.

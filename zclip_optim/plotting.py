@@ -36,7 +36,9 @@ def plot_history(
     """Draw the loss, if it was logged, and the gradient norm before and after clipping.
 
     The band reaches from the running mean up to mean + z_thresh * std, above which a norm is a spike: the threshold
-    that ordinary steps log. Clipped and skipped steps are marked. Optimizers that were logged apart get a panel each.
+    that ordinary steps log. Clipped and skipped steps are marked. Where the rows are several steps apart and have the
+    ``interval_*`` values, the largest spike between two of them is drawn half way, as it is not known where it was.
+    Optimizers that were logged apart get a panel each.
 
     Args:
         records_or_path: one mapping per logged step, such as `ClipMetrics.as_dict()`, or a file of them: CSV
@@ -156,6 +158,14 @@ class _Series(NamedTuple):
         return _Series([step for step, _ in kept], [value for _, value in kept])
 
 
+class _Peak(NamedTuple):
+    """What is drawn between two rows, of steps of which neither is."""
+
+    step: float
+    norm: float
+    spikes: float
+
+
 class _History(NamedTuple):
     """What is drawn of one optimizer; each list has one value per logged step."""
 
@@ -165,6 +175,9 @@ class _History(NamedTuple):
     threshold: list[float]
     mean: list[float]
     skipped: list[bool]
+    interval_max_norm: list[float]
+    interval_spikes: list[float]
+    interval_skips: list[float]
 
     @staticmethod
     def of(records: Sequence[Record], prefix: str) -> _History:
@@ -185,11 +198,38 @@ class _History(NamedTuple):
             skipped=[
                 not math.isfinite(norm) if math.isnan(s) else s > 0 for norm, s in zip(norms, skipped, strict=True)
             ],
+            interval_max_norm=column("interval_max_norm"),
+            interval_spikes=column("interval_spikes"),
+            interval_skips=column("interval_skips"),
         )
 
     def clipped(self) -> list[bool]:
         """Which steps were scaled down."""
         return [after < before for before, after in zip(self.grad_norm, self.clipped_norm, strict=True)]
+
+    def half_way(self) -> list[float]:
+        """For each row the step between the row before and itself."""
+        return [(step + last) / 2 for step, last in zip(self.steps, self.steps[:1] + self.steps, strict=False)]
+
+    def peaks(self) -> list[_Peak | None]:
+        """For each row the spikes since the row before, if one is larger than the norm of the row itself."""
+        rows = zip(self.half_way(), self.interval_max_norm, self.interval_spikes, self.grad_norm, strict=True)
+        return [_Peak(step, norm, n) if n > 0 and not norm <= own else None for step, norm, n, own in rows]
+
+    def before_clipping(self) -> _Series:
+        """The norms of the rows, and those of the peaks between them."""
+        steps, norms = [], []
+        for step, norm, peak in zip(self.steps, self.grad_norm, self.peaks(), strict=True):
+            steps += [step] if peak is None else [peak.step, step]
+            norms += [norm] if peak is None else [peak.norm, norm]
+        return _Series(steps, norms)
+
+    def skipped_at(self) -> list[float]:
+        """The steps that were skipped, of the rows and between them."""
+        steps = []
+        for step, between, own, n in zip(self.steps, self.half_way(), self.skipped, self.interval_skips, strict=True):
+            steps += [step] * own + [between] * (int(n) - own if n > own else 0)
+        return steps
 
     def band_top(self) -> list[float]:
         """The norm above which a step is a spike; a spike logs what it was clipped to, so there the last one stands."""
@@ -246,20 +286,26 @@ def _norm_panel(axes: Axes, history: _History, name: str) -> None:
         axes.plot(steps, top, color=THRESHOLD, linewidth=0.8)
     if any(map(math.isfinite, mean)):
         axes.plot(steps, mean, color=THRESHOLD, linewidth=0.8, linestyle="--", label="running mean")
-    axes.plot(steps, before, color=BEFORE, linewidth=1, label="before clipping")
+    line = history.before_clipping()
+    axes.plot(line.steps, _drawable(line.values), color=BEFORE, linewidth=1, label="before clipping")
     axes.plot(steps, after, color=AFTER, linewidth=1, label="after clipping")
     clipped = [
         (step, norm) for step, norm, is_clipped in zip(steps, before, history.clipped(), strict=True) if is_clipped
     ]
     if clipped:
         axes.plot(*zip(*clipped, strict=True), "v", color=CLIPPED, markersize=4, label=f"clipped ({len(clipped)})")
-    skipped = [step for step, is_skipped in zip(steps, history.skipped, strict=True) if is_skipped]
+    if peaks := [peak for peak in history.peaks() if peak is not None]:
+        places, norms, spikes = zip(*peaks, strict=True)
+        label = f"spikes between rows ({sum(spikes):.0f})"
+        axes.plot(places, norms, "v", color=CLIPPED, markerfacecolor="white", markersize=4, label=label)
+    skipped = history.skipped_at()
     for index, step in enumerate(skipped):
         axes.axvline(step, color=SKIPPED, linewidth=0.9, label=None if index else f"skipped ({len(skipped)})")
     axes.set_yscale("log")
-    axes.set_title(f"Gradient norm {name}".rstrip(" /"), loc="left")
+    axes.set_title(f"Gradient norm {name}".rstrip(" /"), loc="left", pad=20)  # above the legend
     axes.set_ylabel("gradient norm (L2)")
-    axes.legend(frameon=False, fontsize=8, ncols=7, loc="lower right", bbox_to_anchor=(1, 0.98), columnspacing=1.2)
+    spacing = {"handlelength": 1.3, "handletextpad": 0.5, "columnspacing": 1.1}  # seven entries fit in one row
+    axes.legend(frameon=False, fontsize=8, ncols=7, loc="lower left", bbox_to_anchor=(-0.01, 0.98), **spacing)
 
 
 def _drawable(values: Sequence[float]) -> list[float]:

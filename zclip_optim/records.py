@@ -1,11 +1,14 @@
 """The records of a clipper: where they are kept, which param groups they are of, and who watches them go by."""
 
+from collections.abc import Iterator
+
 import torch
 
 from zclip_optim.algorithm import NormStats, ZClipConfig
 from zclip_optim.checks import refuse_meta
 from zclip_optim.gradients import ParamGroups
 from zclip_optim.health import Health
+from zclip_optim.intervals import Interval, Intervals, arranged
 from zclip_optim.param_groups import KnownGroups, Places
 from zclip_optim.running import DeviceState, HostState
 from zclip_optim.state import SavedState, StepRecord, fresh_records
@@ -26,6 +29,7 @@ class Records:
         records = fresh_records(None)
         self.state: HostState | DeviceState = HostState(records)
         self.health = Health(config, records)
+        self._intervals = Intervals()
         self._is_one = config.scope == "global"
         self._groups = KnownGroups()  # that the records are of, one of each, unless there is one of all
 
@@ -42,6 +46,14 @@ class Records:
         self.health.check_when_read(records)
         return records
 
+    def read_for(self, reader: str) -> Iterator[tuple[StepRecord, Interval]]:
+        """The same, each with the interval of this reader, which ends here."""
+        records = self.read()
+        if any([record.interval_steps or record.interval_skips for record in records]):
+            self._intervals.add([record.interval for record in records])
+            self.state.begin_interval()
+        return zip(records, self._intervals.end(reader), strict=True)
+
     def follow(self, param_groups: ParamGroups, places: Places | None = None) -> None:
         """Bring the records, if each is of a group, into the order of these; `places` says where they are now."""
         if self._is_one or (places is None and self._groups.are(param_groups)):
@@ -50,6 +62,7 @@ class Records:
             places = self._groups.places_of(param_groups)
         if places != list(range(self.state.n_scopes)):
             self._go_on_from(self._arranged(places), self.state.device)
+            self._intervals.arrange(places)
         self._groups.know(param_groups)
 
     def places_of(self, param_groups: ParamGroups) -> Places:
@@ -64,6 +77,7 @@ class Records:
         """Go on from a parsed state, of these groups, or of those that come next; None starts afresh."""
         self._groups = KnownGroups()
         self._go_on_from(fresh_records(saved), self.state.device)
+        self._intervals.restart(self.state.n_scopes)
         if param_groups is not None:
             self.follow(param_groups)
         self.health.restart(self.state.read())
@@ -72,7 +86,7 @@ class Records:
         """The records in another order; a group that has none starts afresh."""
         records = self.read()
         new = StepRecord.before_any(NormStats(), records[0].counters)
-        return [new if place is None or place >= len(records) else records[place] for place in places] or [new]
+        return arranged(records, places, new)
 
     def _go_on_from(self, records: list[StepRecord], device: torch.device | None) -> None:
         if (self.state.device, self.state.n_scopes) == (device, len(records)):

@@ -1,7 +1,7 @@
 """The running state of a clipper in its two homes: numbers on the host, or one tensor on an accelerator.
 
 Both take a step by the same function, `advance`, which is written once for numbers and tensors as `decide` is, and both
-have the same three methods: `step`, `read` and `write`.
+have the same four methods: `step`, `read`, `write` and `begin_interval`.
 """
 
 import functools
@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zclip_optim.algorithm import Decision, Scalar, ZClipConfig, decide, where_for
+from zclip_optim.algorithm import Decision, Scalar, Where, ZClipConfig, decide, where_for
 from zclip_optim.checks import refuse_meta, refuse_to_look, refuse_to_read
 from zclip_optim.health import ZClipWarning
+from zclip_optim.intervals import Interval
 from zclip_optim.norm import wide_dtype
 from zclip_optim.state import Counters, StepRecord, was_skipped
 
@@ -58,12 +59,13 @@ def advance(
         The records of this step, the coefficients, both like `records`, and whether the optimizer must not step.
     """
     square = total * total
-    failed = square - square != 0  # NaN, unless it is finite, as `decide` has it
+    zero = square - square  # NaN, unless it is finite, as `decide` has it
+    where, failed = where_for(total), zero != 0
     refused = failed & (config.nonfinite != "pass")
     coefs, decisions, skips = [], [], []
     for record, norm in zip(records, norms, strict=True):
         # If the norm of one scope is not finite, the step is not taken and the statistics of none move.
-        seen = norm if failed is False else where_for(total)(failed, total, norm)
+        seen = norm if failed is False else where(failed, total, norm)
         decision = decide(seen, record.decision.stats if new_step else record.before, config)
         coefs.append(decision.clip_coef)
         skips.append(decision.skip)
@@ -71,24 +73,33 @@ def advance(
     if not new_step:
         return [_went_on(record, refused) for record in records], coefs, refused
     skip = any_of(skips)
-    return [*map(_begun, records, norms, decisions, repeat(skip), repeat(refused))], coefs, skip
+    shared = map(repeat, (skip, refused, zero, where))
+    return [*map(_begun, records, norms, decisions, *shared)], coefs, skip
 
 
-def _begun(before: StepRecord, norm: Scalar, decided: Decision, skip: Scalar, refused: Scalar) -> StepRecord:
-    """The record of a step after its first evaluation."""
-    if skip is not decided.skip:
-        coef, clipped_norm, threshold, z_score, is_spike, _, stats = decided
+def _begun(
+    before: StepRecord, norm: Scalar, decided: Decision, skip: Scalar, refused: Scalar, zero: Scalar, where: Where
+) -> StepRecord:
+    """The record of a step after its first evaluation; `zero` is NaN if its norm is not finite."""
+    _, _, last, failed, (skipped_steps, streak), steps, max_norm, min_coef, spikes, skips = before
+    coef, clipped_norm, threshold, z_score, is_spike, skip_alone, stats = decided
+    if skip is not skip_alone:
         decided = Decision(coef, clipped_norm, threshold, z_score, is_spike, skip, stats)
-    _, _, decision, failed, (skipped_steps, streak) = before
     counters = Counters(skipped_steps + skip, streak * (failed != 0) + refused)
-    return StepRecord(decision.stats, norm, decided, refused, counters)
+    max_norm = where(norm + zero > max_norm, norm, max_norm)
+    min_coef = where(coef < min_coef, coef, min_coef)
+    return StepRecord(
+        last.stats, norm, decided, refused, counters, steps + 1, max_norm, min_coef, spikes + is_spike, skips + skip
+    )
 
 
 def _went_on(record: StepRecord, refused: Scalar) -> StepRecord:
     """The record after a further evaluation; what is not finite counts once per step."""
-    before, norm, decision, failed, (skipped_steps, streak) = record
-    counters = Counters(skipped_steps + (refused & (was_skipped(record) == 0)), streak + (refused & (failed == 0)))
-    return StepRecord(before, norm, decision, refused | (failed != 0), counters)
+    before, norm, decision, failed, (skipped_steps, streak), steps, max_norm, min_coef, spikes, skips = record
+    skip = refused & (was_skipped(record) == 0)
+    counters = Counters(skipped_steps + skip, streak + (refused & (failed == 0)))
+    failed = refused | (failed != 0)
+    return StepRecord(before, norm, decision, failed, counters, steps, max_norm, min_coef, spikes, skips + skip)
 
 
 class HostState:
@@ -114,6 +125,10 @@ class HostState:
         """Go on from other records of as many scopes."""
         self.records = list(records)
 
+    def begin_interval(self) -> None:
+        """Count from 0 again: somebody has what was counted."""
+        _begin_interval_of(self.records)
+
 
 class DeviceState:
     """One `StepRecord` per scope, in one tensor of shape (values, scopes).
@@ -133,6 +148,7 @@ class DeviceState:
         self.device, self.n_scopes = device, len(records)
         with torch.inference_mode(False):  # else later steps could not write to it
             self.values = _packed(records).to(device, wide_dtype(device))
+            self._nothing = torch.tensor([Interval()], dtype=self.values.dtype, device="cpu").t().to(device)
         self.last_read = list(records)
         self._is_behind = False  # what was read last is not what the device has
         self._was_captured = False  # so there may be steps that nobody here hears of
@@ -158,6 +174,11 @@ class DeviceState:
         self.last_read = list(records)
         self._is_behind = self._was_captured
 
+    def begin_interval(self) -> None:
+        """Count from 0 again: somebody has what was counted, and read. Nothing waits for the device."""
+        self.values[-len(self._nothing) :].copy_(self._nothing)
+        _begin_interval_of(self.last_read)
+
     def is_being_captured(self) -> bool:
         """Whether what is done now goes into a CUDA graph, so that nothing can be read."""
         return _is_capturing(self.values)
@@ -170,6 +191,11 @@ class DeviceState:
             return True
         self.last_read = [record._replace(failed=False) for record in self.last_read]  # that much of them is known
         return False
+
+
+def _begin_interval_of(records: list[StepRecord]) -> None:
+    """In place, so that `Health` takes the list for the one that it has checked."""
+    records[:] = [record.with_new_interval() for record in records]
 
 
 def _is_capturing(values: Tensor) -> bool:

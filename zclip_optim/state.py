@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from zclip_optim.algorithm import Decision, NormStats, Scalar
+from zclip_optim.intervals import Interval
 
 VERSION = 2  # counts of spikes and of clipped steps; version 1 had one of spikes, called clipped_steps
 LARGEST_COUNT = 2**63 - 1
@@ -30,7 +31,8 @@ class StepRecord(NamedTuple):
 
     before: the statistics that the step began with. norm: over all ranks. decision: with the statistics it led to; its
     `skip` is that of all scopes together. failed: whether the optimizer was kept from stepping because a norm, in any
-    scope or evaluation, was NaN or infinite. counters: of the optimizer as a whole.
+    scope or evaluation, was NaN or infinite. counters: of the optimizer as a whole. interval_*: an `Interval`, of the
+    steps since somebody read; not a tuple of its own, which would cost a step more time than all that it counts.
     """
 
     before: NormStats
@@ -38,12 +40,26 @@ class StepRecord(NamedTuple):
     decision: Decision
     failed: Scalar
     counters: Counters
+    interval_steps: Scalar = 0
+    interval_max_norm: Scalar = 0.0
+    interval_min_coef: Scalar = 1.0
+    interval_spikes: Scalar = 0
+    interval_skips: Scalar = 0
 
     @classmethod
     def before_any(cls, stats: NormStats, counters: Counters) -> "StepRecord":
         """Before the first step, here or since a checkpoint."""
         nothing = Decision(1.0, math.nan, math.nan, math.nan, False, False, stats)
         return cls(stats, math.nan, nothing, counters.nonfinite_streak > 0, counters)
+
+    @property
+    def interval(self) -> Interval:
+        """The steps since somebody read."""
+        return Interval(*self[-len(Interval._fields) :])
+
+    def with_new_interval(self) -> "StepRecord":
+        """The same step, after which an interval begins."""
+        return StepRecord(self.before, self.norm, self.decision, self.failed, self.counters)
 
     @property
     def skipped(self) -> Scalar:

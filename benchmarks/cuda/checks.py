@@ -39,6 +39,7 @@ STEPS = (
     ("ordinary", ORDINARY),
 )
 COUNTED = {"step": 8, "clipped_steps": 2, "skipped_steps": 2}  # after STEPS
+AFTER_SPIKE = {"interval_steps": 3, "interval_spikes": 1, "interval_skips": 2}
 STEADY = (*WARM_UP, ORDINARY)
 BEFORE_CAPTURE = 3  # steps
 DECIDED = (  # options, scopes
@@ -112,6 +113,8 @@ def host_never_waits(model: nn.Module) -> None:
         except RuntimeError as error:
             raise AssertionError(f"a step of the kind {kind!r}: {error}") from error
     expect_metrics(optimizer, **COUNTED)
+    with waiting_is_an_error():
+        optimizer.clipper._records.state.begin_interval()
 
 
 @contextmanager
@@ -139,7 +142,7 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
 
 
 def replays_are_steps(device: torch.device) -> None:
-    """Replays of a captured step count, clip and skip as steps do."""
+    """Replays of a captured step count, clip and skip as steps do, also within the interval since metrics were read."""
     replayed, stepped = small_model(device), small_model(device)
     ours, eager = (ZClipOptimizer(capturable(model), **OPTIONS) for model in (replayed, stepped))
     for model in (replayed, stepped):
@@ -152,7 +155,10 @@ def replays_are_steps(device: torch.device) -> None:
             set_gradients(model, norm, seed)
         replay()
         eager.step()
-    expected = COUNTED | {"step": COUNTED["step"] - 1 + BEFORE_CAPTURE}
+        if norm == SPIKE:
+            for optimizer in (eager, ours):
+                _ = optimizer.metrics  # ends an interval
+    expected = COUNTED | AFTER_SPIKE | {"step": COUNTED["step"] - 1 + BEFORE_CAPTURE}
     for optimizer in (eager, ours):
         expect_metrics(optimizer, **expected)
     torch.testing.assert_close(list(replayed.parameters()), list(stepped.parameters()))

@@ -1,5 +1,6 @@
 """The Lightning callback and Fabric, with the real package: every run equals the same run in plain torch."""
 
+import csv
 from functools import partial
 
 import lightning
@@ -20,6 +21,7 @@ from zclip_optim import ZClipOptimizer, ZClipWarning, replay
 from zclip_optim.integrations.lightning import ZClipCallback
 from zclip_optim.logs import read_norms
 from zclip_optim.plotting import plot_history
+from zclip_optim.records import Records
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -305,6 +307,19 @@ class TestResume:
         assert trainer.optimizers[0].metrics.step == 5
 
 
+def count_reads(monkeypatch):
+    """A list that grows with each read after the optimizers were made; each waits for an accelerator."""
+    reads, read = [], Records.read
+
+    def counted(self):
+        reads.append(1)
+        return read(self)
+
+    monkeypatch.setattr(Records, "read", counted)
+    monkeypatch.setattr(LightningModule, "on_train_start", lambda self: reads.clear())
+    return reads
+
+
 class TestLogging:
     @pytest.mark.parametrize("accumulate", [1, 2])
     def test_every_key_at_the_logging_interval(self, accumulate):
@@ -325,15 +340,12 @@ class TestLogging:
 
     @pytest.mark.parametrize("accumulate", [1, 2])
     def test_metrics_are_read_at_the_logging_interval_only(self, accumulate, monkeypatch):
-        reads, metrics = [], ZClipOptimizer.metrics
-        monkeypatch.setattr(
-            ZClipOptimizer, "metrics", property(lambda self: reads.append(1) or metrics.fget(self))
-        )  # each read waits for an accelerator
+        reads = count_reads(monkeypatch)
         options = {"log_every_n_steps": 5, "accumulate_grad_batches": accumulate}
         fit(Module(), [ZClipCallback(**OPTIONS)], logger=MemoryLogger(), **options)
         assert len(reads) == STEPS // accumulate // 5
         fit(Module(), [ZClipCallback(**OPTIONS)], logger=False, **options)
-        assert len(reads) == STEPS // accumulate // 5
+        assert not reads
 
     @pytest.mark.parametrize("every", [1, 5])
     def test_the_largest_shares_of_the_last_clipped_step_are_logged_once(self, every):
@@ -379,11 +391,39 @@ class TestLogging:
 
     @pytest.mark.parametrize("log_parameters", [None, 2])
     def test_shares_cost_a_read_per_step_and_only_if_asked_for(self, log_parameters, monkeypatch):
-        reads, metrics = [], ZClipOptimizer.metrics
-        monkeypatch.setattr(ZClipOptimizer, "metrics", property(lambda self: reads.append(1) or metrics.fget(self)))
+        reads = count_reads(monkeypatch)
         callback = ZClipCallback(log_parameters=log_parameters, **OPTIONS)
         fit(Module(), [callback], logger=MemoryLogger(), log_every_n_steps=5)
         assert len(reads) == STEPS // 5 + (0 if log_parameters is None else STEPS)
+
+    @pytest.mark.parametrize("log_parameters", [None, 1])
+    def test_a_spike_between_two_rows_is_in_the_file_whoever_looks(self, log_parameters, tmp_path):
+        class Looks(Module):
+            def on_train_batch_end(self, *args):
+                seen.append(self.trainer.optimizers[0].metrics)
+
+        seen = []
+        callback = ZClipCallback(log_parameters=log_parameters, **OPTIONS)
+        fit(Looks(), [callback], logger=CSVLogger(tmp_path), log_every_n_steps=10)
+        path = next(tmp_path.rglob("metrics.csv"))
+        with path.open(encoding="utf8") as file:
+            rows = [row for row in csv.DictReader(file) if row["zclip/grad_norm"]]
+        assert [int(row["step"]) for row in rows] == [9, 19, 29, 39]
+        spikes = [i for i, metrics in enumerate(seen) if metrics.is_spike]
+        assert {*OUTLIERS} <= {*spikes}  # steps 20 and 31
+        for i, row in enumerate(rows):
+            steps = seen[10 * i : 10 * (i + 1)]
+            expected = {
+                "interval_steps": 10,
+                "interval_max_norm": max(m.grad_norm for m in steps),
+                "interval_min_coef": min(m.clip_coef for m in steps),
+                "interval_spikes": sum(m.is_spike for m in steps),
+                "interval_skips": 0,
+                **{name: getattr(steps[-1], name) for name in ("clipped_steps", "spike_steps", "skipped_steps")},
+            }
+            found = {name: float(row[f"zclip/{name}"]) for name in expected}
+            assert found == pytest.approx(expected, rel=1e-6)
+        assert all(metrics.interval_steps == 1 for metrics in seen)
 
     def test_the_file_of_the_csv_logger_can_be_plotted(self, tmp_path):
         fit(Module(), [ZClipCallback(log_parameters=2, **OPTIONS)], logger=CSVLogger(tmp_path))

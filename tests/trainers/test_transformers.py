@@ -14,6 +14,7 @@ from zclip_optim import ZClipOptimizer, ZClipWarning
 from zclip_optim.integrations.transformers import ZClipCallback
 from zclip_optim.logs import read_norms
 from zclip_optim.plotting import plot_history
+from zclip_optim.records import Records
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.* argument is set as true but no accelerator")
 OPTIONS = {"warmup_steps": 5, "z_thresh": 1.5}
@@ -177,10 +178,44 @@ def test_no_callback_is_passed_over_because_of_it(tmp_path):
 
 
 def test_metrics_are_read_when_the_trainer_logs_and_not_else(tmp_path, monkeypatch):
-    reads, metrics = [], ZClipOptimizer.metrics
-    monkeypatch.setattr(ZClipOptimizer, "metrics", property(lambda self: reads.append(1) or metrics.fget(self)))
-    train(tmp_path, logging_steps=5)
+    reads, read = [], Records.read
+
+    class Counts(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            monkeypatch.setattr(Records, "read", lambda self: reads.append(1) or read(self))
+
+    train(tmp_path, callbacks=[Counts()], logging_steps=5)
     assert len(reads) == STEPS // 5
+
+
+class LooksAtEveryStep(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        self.seen.append(optimizer.optimizer.metrics)
+
+
+@pytest.mark.parametrize("log_parameters", [None, 1])
+def test_a_spike_between_two_logs_is_in_them_whoever_looks(log_parameters, tmp_path):
+    looks = LooksAtEveryStep()
+    trainer = train(tmp_path, callbacks=[looks, NaNGradient(step=17)], logging_steps=5, log_parameters=log_parameters)
+    *rows, _ = trainer.state.log_history
+    spikes = [i for i, metrics in enumerate(looks.seen) if metrics.is_spike]
+    assert any((i + 1) % 5 for i in spikes)  # a row is of the steps up to i + 1
+    for i, row in enumerate(rows):
+        seen = looks.seen[5 * i : 5 * (i + 1)]
+        expected = {
+            "interval_steps": 5,
+            "interval_max_norm": max(m.grad_norm for m in seen if math.isfinite(m.grad_norm)),
+            "interval_min_coef": min(m.clip_coef for m in seen),
+            "interval_spikes": sum(m.is_spike for m in seen),
+            "interval_skips": sum(m.skipped for m in seen),
+            **{name: getattr(seen[-1], name) for name in ("clipped_steps", "spike_steps", "skipped_steps")},
+        }
+        assert {name: row[f"zclip/{name}"] for name in expected} == expected
+    assert all(metrics.interval_steps == 1 for metrics in looks.seen)
+    assert rows[-1]["zclip/interval_skips"] == 1
 
 
 class LooksAtNorms(TrainerCallback):

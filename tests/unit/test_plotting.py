@@ -83,6 +83,53 @@ def test_the_band_ends_at_mean_plus_z_thresh_sigma_of_the_step_before(records):
     assert top[SPIKE] == top[SPIKE - 1]
 
 
+class TestBetweenRows:
+    """A run of which every tenth step is logged."""
+
+    def rows(self, changes, every=10, **options):
+        clipper, rows = ZClip(warmup_steps=5, **options), []
+        for step in range(1, 61):
+            clipper.decide(changes.get(step, 1.0 + 0.1 * (step % 3)))
+            if step % every == 0:
+                rows.append({"step": step, **clipper.metrics.as_dict()})
+        return rows
+
+    def test_a_spike_is_a_peak_half_way(self):
+        rows = self.rows({23: 30.0, 27: 50.0, 33: math.nan})
+        drawn = lines(*plot_history(rows).axes)
+        assert "clipped" not in drawn
+        peaks = drawn["spikes between rows"]
+        assert (peaks.get_label(), *map(list, peaks.get_data())) == ("spikes between rows (2)", [25], [50.0])
+        steps, norms = drawn["before clipping"].get_data()
+        assert list(steps) == [10, 20, 25, 30, 40, 50, 60]
+        assert list(norms[:4]) == [*(row["zclip/grad_norm"] for row in rows[:2]), 50.0, rows[2]["zclip/grad_norm"]]
+        assert list(drawn["after clipping"].get_xdata()) == [10, 20, 30, 40, 50, 60]
+
+    def test_so_is_one_before_a_row_without_a_norm(self):
+        drawn = lines(*plot_history(self.rows({23: 50.0, 30: math.nan})).axes)
+        assert list(drawn["spikes between rows"].get_ydata()) == [50.0]
+        assert list(drawn["skipped"].get_xdata()) == [30, 30]
+
+    def test_skipped_steps_are_counted(self):
+        (axes,) = plot_history(self.rows({32: math.nan, 33: math.nan, 40: math.nan, 47: math.nan})).axes
+        marks = [line for line in axes.lines if line.get_color() == lines(axes)["skipped"].get_color()]
+        assert [line.get_xdata()[0] for line in marks] == [40, 35, 35, 45]
+        assert marks[0].get_label() == "skipped (4)"
+
+    def test_what_the_row_itself_shows_is_not_drawn_twice(self):
+        drawn = lines(*plot_history(self.rows({23: 30.0, 30: 50.0})).axes)
+        assert "spikes between rows" not in drawn
+        assert list(drawn["clipped"].get_xdata()) == [30]
+
+    def test_in_the_first_row_it_is_where_that_is(self):
+        drawn = lines(*plot_history(self.rows({8: 50.0})).axes)
+        assert list(drawn["spikes between rows"].get_xdata()) == [10]
+
+    def test_a_larger_norm_that_is_no_spike_is_none(self):
+        drawn = lines(*plot_history(self.rows({3: 1.8}, max_grad_norm=1.0)).axes)  # of the warm-up
+        assert "spikes between rows" not in drawn
+
+
 def test_loss_and_steps_of_the_logger(records):
     loss, norm = plot_history(logged(records)).axes
     assert loss.get_title(loc="left") == "Training loss"

@@ -280,6 +280,40 @@ def test_a_captured_step_is_read_anew_every_time(rollback, on_device, monkeypatc
     assert optimizer.metrics.step == 2
 
 
+def test_the_interval_of_replays_is_in_the_memory_of_the_graph(on_device, monkeypatch):
+    clipper = ZClip(warmup_steps=4, nonfinite="pass")
+    with monkeypatch.context() as capturing:
+        capturing.setattr(running, "_is_capturing", lambda values: True)
+        clipper.decide(torch.ones(()))
+    values = clipper._records.state.values
+    place = values.data_ptr()
+
+    def replay(*norms):  # none of our code on the host runs
+        for norm in norms:
+            running._advance_in_place(values, torch.tensor([norm], dtype=torch.float64), clipper.config, True)
+
+    def interval():
+        metrics = clipper.metrics
+        return metrics.interval_steps, metrics.interval_max_norm, metrics.interval_spikes
+
+    assert interval() == (1, 1.0, 0)
+    replay(1.0, 1.1, 1.0, 1.1, 30.0, 1.0)
+    assert interval() == interval() == (6, 30.0, 1)
+    replay(1.1)
+    assert interval() == (1, 1.1, 0)
+    assert clipper._records.state.values.data_ptr() == place
+
+
+def test_the_end_of_an_interval_costs_no_read(on_device):
+    p = torch.nn.Parameter(torch.randn(5))
+    optimizer = ZClipOptimizer(FUSED["AdamW"]([p]))
+    set_gradients([p], 1.0)
+    optimizer.step()
+    with CountReads() as mode:
+        optimizer.clipper._records.state.begin_interval()
+    assert mode.reads == 0
+
+
 class TestCapture:
     """A step that is captured in a CUDA graph reads nothing: it says so before torch does, and what to do."""
 

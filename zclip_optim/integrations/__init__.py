@@ -5,14 +5,20 @@ from typing import Any
 from torch import nn
 
 from zclip_optim.clipper import ZClip
-from zclip_optim.metrics import ParameterNorm
+from zclip_optim.intervals import LOG
+from zclip_optim.metrics import ParameterNorm, combine
 from zclip_optim.optimizer import ZClipOptimizer
 
-LOGGED = ("grad_norm", "clipped_norm", "clip_coef", "threshold", "z_score", "mean", "std", "clip_rate", "spike_rate")
+OF_STEP = ("grad_norm", "clipped_norm", "clip_coef", "threshold", "z_score", "mean", "std", "clip_rate", "spike_rate")
+COUNTERS = ("clipped_steps", "spike_steps", "skipped_steps")
+OF_INTERVAL = ("interval_steps", "interval_max_norm", "interval_min_coef", "interval_spikes", "interval_skips")
+LOGGED = (*OF_STEP, *COUNTERS, *OF_INTERVAL)
 
 
 def metrics_to_log(optimizer: ZClipOptimizer | ZClip, prefix: str = "zclip/") -> dict[str, float]:
-    """The metrics of the last step that a trainer's loggers get. On accelerators this waits for the device.
+    """The metrics of the last step that a trainer's loggers get, and of the interval since they got the ones before.
+
+    Reading `metrics` in between changes nothing of that interval. On accelerators this waits for the device.
 
     Args:
         optimizer: any, stepped or not; or a `ZClip`.
@@ -33,7 +39,8 @@ def metrics_to_log(optimizer: ZClipOptimizer | ZClip, prefix: str = "zclip/") ->
         >>> metrics_to_log(optimizer)["zclip/grad_norm"]
         4.0
     """
-    metrics = optimizer.metrics
+    clipper = optimizer.clipper if isinstance(optimizer, ZClipOptimizer) else optimizer
+    metrics = combine(clipper._metrics_for(LOG))
     if not metrics.step and not metrics.skipped_steps:
         return {}
     return {prefix + name: float(getattr(metrics, name)) for name in LOGGED}
@@ -65,7 +72,7 @@ class ShareLog:
         self._hook = optimizer.register_step_post_hook(self._look)
 
     def _look(self, optimizer: Any, *_: Any) -> None:
-        if optimizer.metrics.is_spike:
+        if any(record.decision.is_spike for record in optimizer.clipper._records.read()):  # which ends no interval
             groups = _with_names(optimizer.param_groups, self.model)
             self._norms = optimizer.clipper.norms_by_parameter(groups, self.limit)
 

@@ -31,9 +31,11 @@ class ZClipCallback(Callback):
     clipping.
 
     At the trainer's logging interval, and only then, the metrics are read and logged as ``zclip/grad_norm``,
-    ``clipped_norm``, ``clip_coef``, ``threshold``, ``z_score``, ``mean``, ``std``, ``clip_rate`` and ``spike_rate``,
-    NaN or infinite where there is no number; with several optimizers as ``zclip/0/grad_norm``, ``zclip/1/grad_norm``
-    and so on.
+    ``clipped_norm``, ``clip_coef``, ``threshold``, ``z_score``, ``mean``, ``std``, ``clip_rate``, ``spike_rate``,
+    ``clipped_steps``, ``spike_steps`` and ``skipped_steps``, NaN or infinite where there is no number; and of all steps
+    since the log before ``interval_steps``, ``interval_max_norm``, ``interval_min_coef``, ``interval_spikes`` and
+    ``interval_skips``, so that a spike between two rows is seen. With several optimizers they are
+    ``zclip/0/grad_norm``, ``zclip/1/grad_norm`` and so on.
 
     Args:
         log_parameters: how many parameters to log as ``zclip/share/<name>`` (``zclip/0/share/<name>``), those with the

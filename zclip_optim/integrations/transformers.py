@@ -21,8 +21,11 @@ class ZClipCallback(TrainerCallback):
     """Adds ZClip's metrics to the Trainer's logs of training steps: its loggers, and ``trainer.state.log_history``.
 
     The keys are ``zclip/grad_norm``, ``clipped_norm``, ``clip_coef``, ``threshold``, ``z_score``, ``mean``, ``std``,
-    ``clip_rate`` and ``spike_rate``, those of them that are finite numbers, of the step that is logged; the metrics are
-    read on that step only. The optimizer itself clips, saves and resumes without this callback.
+    ``clip_rate``, ``spike_rate``, ``clipped_steps``, ``spike_steps`` and ``skipped_steps``, of the step that is logged;
+    and of all steps since the log before ``interval_steps``, ``interval_max_norm``, ``interval_min_coef``,
+    ``interval_spikes`` and ``interval_skips``, so that a spike between two rows is seen. Those that are finite numbers
+    are logged; the metrics are read on that step only. The optimizer itself clips, saves and resumes without this
+    callback.
 
     `attach` puts it before the Trainer's loggers. With ``callbacks=[ZClipCallback()]`` it comes after them, since the
     Trainer's own callbacks are first: ``log_history`` has the metrics then, the loggers have not.
