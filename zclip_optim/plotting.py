@@ -212,7 +212,7 @@ class _History(NamedTuple):
         return [(step + last) / 2 for step, last in zip(self.steps, self.steps[:1] + self.steps, strict=False)]
 
     def peaks(self) -> list[_Peak | None]:
-        """For each row the spikes since the row before, if one is larger than the norm of the row itself."""
+        """For each row the spikes since the row before, if the row's own norm is no number or not the largest."""
         rows = zip(self.half_way(), self.interval_max_norm, self.interval_spikes, self.grad_norm, strict=True)
         return [_Peak(step, norm, n) if n > 0 and not norm <= own else None for step, norm, n, own in rows]
 

@@ -424,6 +424,10 @@ class TestLogging:
             found = {name: float(row[f"zclip/{name}"]) for name in expected}
             assert found == pytest.approx(expected, rel=1e-6)
         assert all(metrics.interval_steps == 1 for metrics in seen)
+        _, norms = plot_history(path).axes
+        (peaks,) = [line for line in norms.lines if line.get_label().startswith("spikes between rows")]
+        drawn = dict(zip(*peaks.get_data(), strict=True))
+        assert [drawn[24], drawn[34]] == pytest.approx([seen[step].grad_norm for step in OUTLIERS], rel=1e-6)
 
     def test_the_file_of_the_csv_logger_can_be_plotted(self, tmp_path):
         fit(Module(), [ZClipCallback(log_parameters=2, **OPTIONS)], logger=CSVLogger(tmp_path))

@@ -62,7 +62,7 @@ def test_of_the_steps_since_the_last_reading():
 def test_the_first_one_begins_with_the_first_step():
     clipper, p = ZClip(max_grad_norm=1.0), torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     assert interval(clipper.metrics) == approx(0, math.nan, 1.0, 0, 0)
-    take(clipper, [{"params": [p]}], 1.0, 4.0, 0.5)
+    take(clipper, [{"params": [p]}], 0.5, 4.0, 2.0)
     assert interval(clipper.metrics) == approx(3, 4.0, 0.25, 0, 0)  # the cap makes no spike
 
 
@@ -209,18 +209,17 @@ class TestGroups:
 
     def test_it_follows_its_group(self):
         clipper, groups = make(3)
-        metrics_to_log(clipper)
-        take(clipper, groups, (1.0, 30.0, 1.0))
-        _ = clipper.metrics  # kept for the log
-        take(clipper, groups, 1.0)
+        take(clipper, groups, (1.0, 1.0, 30.0))
+        metrics_to_log(clipper)  # what it has read is kept for metrics
+        take(clipper, groups, (1.0, 20.0, 1.0))
         del groups[0]
         groups.reverse()
         groups.append({"params": [torch.nn.Parameter(torch.zeros(3))]})
-        take(clipper, groups, 1.1)
-        assert [m.interval_spikes for m in clipper.group_metrics] == [0, 0, 0]
-        assert [m.interval_steps for m in clipper.group_metrics] == [2, 2, 1]
-        assert metrics_to_log(clipper)["zclip/interval_spikes"] == 1
-        assert metrics_to_log(clipper)["zclip/interval_steps"] == 3
+        take(clipper, groups, 1.0)
+        assert [m.interval_spikes for m in clipper.group_metrics] == [1, 1, 0]
+        assert [m.interval_max_norm for m in clipper.group_metrics] == pytest.approx([30.0, 20.0, 1.0])
+        assert [m.interval_steps for m in clipper.group_metrics] == [3, 3, 1]
+        assert metrics_to_log(clipper)["zclip/interval_steps"] == 2
 
 
 class TestSavedState:
