@@ -15,12 +15,8 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from benchmarks.evidence.results import (
     Row,
@@ -34,17 +30,16 @@ from benchmarks.evidence.results import (
     result_of,
     rows_of,
 )
-from benchmarks.evidence.workloads import INSTABILITY, Comparison
+from benchmarks.evidence.workloads import INSTABILITY
 from benchmarks.paper.cells import FIRST_SEED, FLOOR
 from benchmarks.paper.runner import prepare, rerun, run_cells
 from benchmarks.report.pages import Result, bullets, document, write_result
-from benchmarks.report.plots import BEFORE, COLORS, STYLE, plottable
+from benchmarks.report.spike import save_spike
 from benchmarks.report.summary import markdown
 from benchmarks.training.contenders import NONE, PAPER
 from benchmarks.training.problems import PROBLEMS
 
-DRAWN = ("none", "fixed 1", "paper", "lookback=0.1")
-DRAWN_WORKLOAD = "modular addition, beta2 0.95"
+DRAWN = "regression, lr 0.003"
 NOTES = (
     "each figure: mean ± standard deviation over the seeds; mean loss of the last fifth: the geometric mean over the "
     f"seeds, each at least {FLOOR:g}, below which float32 rounds; worst loss: the median over the seeds",
@@ -76,9 +71,9 @@ def run(args: argparse.Namespace) -> None:
     run_cells("instability", comparison.cells(), args)
     result = result_of("instability", comparison, args, rows_of(comparison, folder))
     write_result(args.out / "instability.json", result | {"notes": NOTES}, page)
-    draw(comparison, folder, args.out / "instability.png")
+    pictures = draw(result["rows"], folder, args.out)
     print(*overview(result["rows"]), sep="\n\n")
-    print(f"\nwritten to {args.out}: instability.json, instability.md, instability.png")
+    print(f"\nwritten to {args.out}: {', '.join(('instability.json', 'instability.md', *pictures))}")
 
 
 def page(result: Result) -> str:
@@ -87,7 +82,7 @@ def page(result: Result) -> str:
     return document(
         "instability: spikes that come by themselves",
         result,
-        "![Loss and gradient norm of one seed under four methods](instability.png)",
+        *picture(rows),
         *overview(rows),
         *(section for name, methods in by_workload(rows).items() for section in (f"## {name}", detail(methods))),
         bullets(result["notes"]),
@@ -137,37 +132,37 @@ def median(values: Sequence[float | None]) -> float:
     return statistics.median([math.inf if value is None else value for value in values])
 
 
-def draw(comparison: Comparison, folder: Path, path: Path) -> None:
-    """Loss and norm of the first seed under the methods DRAWN, or what there is of them."""
-    labels = [workload.label for workload in comparison.workloads]
-    workload = comparison.workloads[labels.index(DRAWN_WORKLOAD) if DRAWN_WORKLOAD in labels else 0]
-    found = [c for c in comparison.contenders if c.label in DRAWN] or list(comparison.contenders[: len(DRAWN)])
-    runs = {c.label: dict(np.load(folder / f"{workload.cell(c, FIRST_SEED).name}.npz")) for c in found}
-    problem = PROBLEMS[workload.architecture]
-    with mpl.rc_context(STYLE):
-        figure = figure_of(runs, {label: len(problem.spike.steps(run["losses"])) for label, run in runs.items()})
-        figure.suptitle(
-            f"{workload.label}, seed {FIRST_SEED}: the same weights and batches under {len(runs)} methods", fontsize=11
-        )
-        figure.savefig(path, dpi=100)
+def spiked(rows: Sequence[Row]) -> tuple[Row, Row, int] | None:
+    """What is drawn: the rows without clipping and with ZClip, and the place of the first seed that spikes without."""
+    methods = by_workload(rows).get(DRAWN, {})
+    if not {NONE.label, PAPER.label} <= methods.keys():
+        return None
+    without, zclip = methods[NONE.label], methods[PAPER.label]
+    return next(((without, zclip, index) for index, spikes in enumerate(without["values"]["spikes"]) if spikes), None)
 
 
-def figure_of(runs: Mapping[str, Mapping[str, Any]], spikes: Mapping[str, int]) -> Figure:
-    """A column for each run: the loss above, the norm before and after clipping below."""
-    figure = Figure(figsize=(3.1 * len(runs), 5.4), layout="constrained")
-    axes = figure.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False)
-    for (label, run), (top, bottom), color in zip(runs.items(), axes.T, COLORS, strict=False):
-        top.semilogy(plottable(run["losses"].tolist()), color=color, linewidth=0.7)
-        top.set_title(f"{label}: {spikes[label]} spikes", fontweight="bold", color=color)
-        norm_panel(bottom, run, color)
-    axes[0, 0].set_ylabel("training loss")
-    axes[1, 0].set_ylabel("gradient norm (L2)")
-    return figure
+def draw(rows: Sequence[Row], folder: Path, out: Path) -> list[str]:
+    """The figure of that seed's first spike, if there is one; the names of its files."""
+    found = spiked(rows)
+    if found is None:
+        return []
+    without, zclip, index = found
+    runs = [dict(np.load(folder / f"{row['cells'][index]}.npz")) for row in (without, zclip)]
+    first = PROBLEMS[without["architecture"]].spike.steps(runs[0]["losses"])[0]
+    return save_spike(*runs, first, "mean squared error", out)
 
 
-def norm_panel(axes: Axes, run: Mapping[str, Any], color: str) -> None:
-    """Pale: the norm that came; bold: what was let through."""
-    axes.semilogy(plottable(run["grad_norms"].tolist()), color=BEFORE, linewidth=0.8, label="before clipping")
-    axes.semilogy(plottable(run["clipped_norms"].tolist()), color=color, linewidth=0.7, label="after clipping")
-    axes.set_xlabel("step")
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+def picture(rows: Sequence[Row]) -> list[str]:
+    """The figure on the page, and what it shows."""
+    found = spiked(rows)
+    if found is None:
+        return []
+    without, zclip, index = found
+    calm, kept = (f"{row['values']['spikes'].count(0)} of {len(row['cells'])}" for row in (without, zclip))
+    share = zclip["values"]["clipped_share"][index]
+    return [
+        "![Loss and gradient norm around a spike, without clipping and with ZClip](spike-light.png)",
+        f"{DRAWN}, seed {FIRST_SEED + index}, the first one that spikes without clipping: every step around the first "
+        f"spike, norms before clipping. ZClip (the row {PAPER.label}) scales down {share:.1%} of this run's steps. "
+        f"Without clipping {calm} seeds have no spike, with ZClip {kept}.",
+    ]

@@ -1,7 +1,7 @@
-"""Draws runs from their JSON lines, as `train`, `sweep` and `compare` write them: one figure for each question.
+"""Draws runs from their JSON lines, as `train`, `sweep` and `compare` write them.
 
-The first run is the baseline whose final loss the others are to reach. Writes overview.png, loss.png, norms.png,
-tokens.png, clipped.png, statistics.png, normality.png and throughput.png to --out, and prints the tests of normality.
+Writes to --out overview.png, the loss of all and the gradient norm of each, and normality.png, whether the norms are
+normally distributed, which a z-score takes them to be; prints the tests of that.
 """
 
 from __future__ import annotations

@@ -26,8 +26,15 @@ if TYPE_CHECKING:
 
 REQUIRED = ("grad_norm", "clipped_norm")
 LOSS_KEYS = ("loss", "train_loss", "train/loss", "loss_step", "train_loss_step", "train/loss_step")
-BEFORE, AFTER, THRESHOLD, CLIPPED, SKIPPED = "#c9c9c9", "#1769c2", "#2a9d4a", "#e07b00", "#c0392b"
-STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
+BEFORE, AFTER, THRESHOLD, CLIPPED, SKIPPED = "#999999", "#1769c2", "#2a9d4a", "#e07b00", "#c0392b"
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.xmargin": 0.01,
+    "axes.titlesize": 10,
+    "font.size": 9,
+}
+DECADE = 10.0  # losses that differ by more have a log axis
 
 
 def plot_history(
@@ -38,7 +45,8 @@ def plot_history(
     The band reaches from the running mean up to mean + z_thresh * std, above which a norm is a spike: the threshold
     that ordinary steps log. Clipped and skipped steps are marked. Where the rows are several steps apart and have the
     ``interval_*`` values, the largest spike between two of them is drawn half way, as it is not known where it was.
-    Optimizers that were logged apart get a panel each.
+    Optimizers that were logged apart get a panel each. Norms have a log axis, and so has a loss whose values differ by
+    more than a factor of 10.
 
     Args:
         records_or_path: one mapping per logged step, such as `ClipMetrics.as_dict()`, or a file of them: CSV
@@ -272,7 +280,10 @@ def _find_loss(records: Sequence[Record]) -> _Series | None:
 
 
 def _loss_panel(axes: Axes, loss: _Series) -> None:
-    axes.plot(*loss, color=AFTER, linewidth=1.2)
+    axes.plot(*loss, color=AFTER, linewidth=1)
+    finite = [value for value in loss.values if math.isfinite(value)]
+    if finite and max(finite) > DECADE * min(finite) > 0:
+        axes.set_yscale("log")
     axes.set_title("Training loss", loc="left")
     axes.set_ylabel("loss")
 
@@ -293,19 +304,21 @@ def _norm_panel(axes: Axes, history: _History, name: str) -> None:
         (step, norm) for step, norm, is_clipped in zip(steps, before, history.clipped(), strict=True) if is_clipped
     ]
     if clipped:
-        axes.plot(*zip(*clipped, strict=True), "v", color=CLIPPED, markersize=4, label=f"clipped ({len(clipped)})")
+        (marks,) = axes.plot(*zip(*clipped, strict=True), "v", color=CLIPPED, label=f"clipped ({len(clipped)})")
+        marks.set(markersize=max(1.5, min(4.0, 400 / len(clipped))), zorder=1.5)  # behind the lines
     if peaks := [peak for peak in history.peaks() if peak is not None]:
         places, norms, spikes = zip(*peaks, strict=True)
         label = f"spikes between rows ({sum(spikes):.0f})"
         axes.plot(places, norms, "v", color=CLIPPED, markerfacecolor="white", markersize=4, label=label)
     skipped = history.skipped_at()
     for index, step in enumerate(skipped):
-        axes.axvline(step, color=SKIPPED, linewidth=0.9, label=None if index else f"skipped ({len(skipped)})")
+        label = None if index else f"skipped ({len(skipped)})"
+        axes.axvline(step, color=SKIPPED, linewidth=0.9, alpha=0.5, zorder=1, label=label)
     axes.set_yscale("log")
-    axes.set_title(f"Gradient norm {name}".rstrip(" /"), loc="left", pad=20)  # above the legend
+    axes.set_title(f"Gradient norm {name}".rstrip(" /"), loc="left", pad=22)  # above the legend
     axes.set_ylabel("gradient norm (L2)")
     spacing = {"handlelength": 1.3, "handletextpad": 0.5, "columnspacing": 1.1}  # seven entries fit in one row
-    axes.legend(frameon=False, fontsize=8, ncols=7, loc="lower left", bbox_to_anchor=(-0.01, 0.98), **spacing)
+    axes.legend(frameon=False, fontsize=8, ncols=7, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0, **spacing)
 
 
 def _drawable(values: Sequence[float]) -> list[float]:

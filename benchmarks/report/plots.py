@@ -13,7 +13,7 @@ from benchmarks.training.run import StepRecord
 
 SMOOTH = 15  # clean steps in the running mean of the loss
 COLORS = ("#7f7f7f", "#e07b00", "#1769c2", "#2a9d4a", "#c0392b", "#7d4fb3")
-BEFORE, BAD = "#d9a6a6", "#f7e3e3"
+BEFORE, BAD = "#c27a7a", "#faeaea"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
 
 
@@ -35,15 +35,15 @@ def loss_panel(axes: Axes, runs: Mapping[str, Sequence[StepRecord]]) -> None:
 
 
 def norm_panel(axes: Axes, label: str, records: Sequence[StepRecord], color: str) -> None:
-    """One run's gradient norm before and after clipping, and the threshold."""
+    """One run's gradient norm before and after clipping, and the threshold of the steps that are no spikes."""
     steps = [r.step for r in records]
     axes.semilogy(steps, plottable(r.grad_norm for r in records), color=BEFORE, linewidth=1, label="before clipping")
     axes.semilogy(steps, plottable(r.clipped_norm for r in records), color=color, linewidth=1, label="after clipping")
-    thresholds = plottable(r.threshold for r in records)
+    ordinary = [r for r in records if not (r.clipped and math.isfinite(r.z_score))]  # a spike's is what it was cut to
+    thresholds = plottable(r.threshold for r in ordinary)
     if any(map(math.isfinite, thresholds)):
-        axes.semilogy(steps, thresholds, color="black", linewidth=0.9, label="threshold")
+        axes.semilogy([r.step for r in ordinary], thresholds, color="black", linewidth=0.9, label="threshold")
     mark_corrupted(axes, [r.step for r in records if r.corrupted], label=None)
-    axes.margins(y=0.2)  # room for the legend
     axes.set(title=f"{label}: gradient norm", xlabel="step", ylabel="gradient norm (L2)", xlim=step_range([records]))
     axes.legend(frameon=False, fontsize=8, loc="upper right")
 

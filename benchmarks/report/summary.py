@@ -87,17 +87,6 @@ def mean_loss(records: Sequence[StepRecord]) -> float:
     return statistics.fmean(r.loss for r in records) if records else math.nan
 
 
-def steps_to_loss(records: Sequence[StepRecord], target: float) -> float:
-    """From which step on the mean of the last FINAL clean losses stays at or below `target`; NaN if it ends above."""
-    clean = [r for r in records if r.corrupted is None]
-    reached = math.nan
-    for end in range(len(clean), FINAL - 1, -1):
-        if not statistics.fmean(r.loss for r in clean[end - FINAL : end]) <= target:
-            break
-        reached = clean[end - 1].step
-    return reached
-
-
 def worst(losses: Sequence[float]) -> float:
     """The highest loss; NaN if one is not finite or there is none."""
     return max(losses) if losses and all(map(math.isfinite, losses)) else math.nan

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import re
 import sys
 from dataclasses import replace
 
@@ -13,13 +12,11 @@ from benchmarks.__main__ import main
 from benchmarks.report.figures import (
     FIGURES,
     labelled,
-    loss_figure,
+    normality_figure,
     normality_table,
+    overview_figure,
     samples,
     shapiro_wilk,
-    tokens_figure,
-    tokens_per_second,
-    tokens_to_loss,
 )
 from benchmarks.report.records import read_records, write_records
 from benchmarks.training.run import StepRecord
@@ -62,7 +59,7 @@ def test_every_figure_of_runs_of_every_kind(tmp_path, monkeypatch, capsys):
     plot(monkeypatch, *paths, "--out", tmp_path / "figures")
     for name in FIGURES:
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "| fixed 1.0, early " in capsys.readouterr().out
+    assert "| fixed 1.0, steps 25 to 120 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("steps", [1, 2, 12])
@@ -85,20 +82,31 @@ def test_labels():
     assert list(labelled(runs, ["a", "b", "c"])) == ["a", "b", "c"]
 
 
-def test_tokens_to_the_baselines_loss():
-    runs = {"slow": run_of(), "fast": run_of(scale=0.9), "never": run_of(scale=1.1)}
-    legend = [text.get_text() for text in tokens_figure(runs).axes[0].get_legend().get_texts()]
-    assert legend[0] == "final loss of slow"
-    assert legend[3] == "never: not reached"
-    reached = tokens_to_loss(runs["fast"], 2.03)
-    assert re.fullmatch(r"fast: [\d,]+ tokens", legend[2])
-    assert reached < 120 * 512
+def test_a_resumed_run_is_drawn_where_its_steps_are():
+    resumed = run_of()[60:]
+    loss, norm = overview_figure({"resumed": resumed}).axes
+    assert loss.get_xlim() == norm.get_xlim() == (60, 121)
+    assert list(samples(resumed)) == ["steps 73 to 120", "steps 91 to 120"]
 
 
-def test_a_resumed_run_is_drawn_where_its_steps_are(tmp_path):
-    (axes,) = loss_figure({"resumed": run_of()[60:]}).axes
-    assert axes.get_xlim() == (60, 121)
-    assert tokens_per_second(run_of()[60:]) == [pytest.approx(512 / 0.02)] * 59
+def test_the_threshold_is_drawn_of_steps_that_are_no_spikes():
+    spike = replace(run_of()[49], clipped=True, z_score=9.0, threshold=0.95)
+    records = [*run_of()[:49], spike, *run_of()[50:]]
+    _, norm = overview_figure({"ours": records}).axes
+    (threshold,) = (line for line in norm.lines if line.get_label() == "threshold")
+    assert 50 not in threshold.get_xdata()
+    assert 51 in threshold.get_xdata()
+
+
+def test_axes_have_units():
+    runs = {"a": run_of("fixed"), "b": run_of()}
+    loss, *norms = overview_figure(runs).axes
+    assert loss.get_ylabel() == "loss (nats)"
+    assert norms[0].get_ylabel() == "gradient norm (L2)"
+    assert {axes.get_xlabel() for axes in (loss, *norms)} == {"step"}
+    for axes in normality_figure(runs).axes:
+        assert axes.get_xlabel() == "normal quantile (standard deviations)"
+        assert axes.get_ylabel() == "gradient norm (L2)"
 
 
 def test_a_line_that_was_never_finished_is_left_out(tmp_path):
@@ -114,7 +122,7 @@ def test_normality():
     table = normality_table({"normal": normal, "heavy": heavy}).splitlines()
     assert [row.split("|")[-2].strip() for row in table[2:]] == ["not rejected"] * 2 + ["rejected"] * 2
     assert math.isnan(shapiro_wilk([1.0, 1.0, 1.0])[0])
-    assert len(samples(normal)["early"]) == 100
+    assert [len(norms) for norms in samples(normal).values()] == [100, 100]
 
 
 @pytest.mark.parametrize(

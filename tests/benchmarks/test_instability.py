@@ -3,16 +3,20 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import instability, regret
 from benchmarks.__main__ import main
 from benchmarks.evidence.results import method_lines
 from benchmarks.evidence.workloads import INSTABILITY, REGRET
 from benchmarks.paper.cells import run_cell
+from benchmarks.report.spike import THEMES, spike_figure, spike_thresholds
 from benchmarks.report.summary import finite
 from benchmarks.training.methods import METHODS
+from zclip_optim import ZClip
 
 SHORT = ("--workloads", "regression", "digits-sgd", "--seeds", 2, "--steps", 60, "--workers", 1)
 
@@ -86,7 +90,6 @@ def test_instability_in_short(in_short, tmp_path, monkeypatch, capsys):
         "values"
     ].keys()
     assert (tmp_path / "instability.md").read_text() == instability.page(result)
-    assert (tmp_path / "instability.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "Spikes per run" in printed
 
@@ -98,6 +101,77 @@ def test_instability_in_short(in_short, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         benchmark(monkeypatch, *short, "--cell", "no-such")
     assert "instability has no such cell" in capsys.readouterr().err
+
+
+def falling(steps=500, spike=None):
+    """A run whose loss and norm fall, but for a spike."""
+    losses = np.geomspace(1, 1e-3, steps, dtype=np.float32)
+    losses[slice(spike, None if spike is None else spike + 5)] *= 1 if spike is None else 100
+    return {"losses": losses, "grad_norms": 10 * losses}
+
+
+def spiky_rows(folder):
+    """Two seeds, of which the second spikes without clipping."""
+    rows = [
+        {
+            "workload": instability.DRAWN,
+            "method": method,
+            "architecture": "regression",
+            "cells": [f"{method}-{seed}" for seed in range(2)],
+            "values": {"spikes": spikes, "clipped_share": [0.0, 0.5]},
+        }
+        for method, spikes in (("none", [0, 1]), ("paper", [0, 0]))
+    ]
+    for name, run in {"none-1": falling(spike=400), "paper-1": falling()}.items():  # the others are not read
+        np.savez(folder / f"{name}.npz", **run)
+    return rows
+
+
+def test_the_first_spike_of_the_first_seed_that_has_one_is_drawn_light_and_dark(tmp_path):
+    rows = spiky_rows(tmp_path)
+    names = instability.draw(rows, tmp_path, tmp_path)
+    pictures = [Image.open(tmp_path / name).convert("RGB") for name in names]
+    assert [picture.size for picture in pictures] == [(1600, 1120)] * 2
+    assert [picture.getpixel((0, 0)) for picture in pictures] == [(255, 255, 255), (13, 17, 23)]
+    link, caption = instability.picture(rows)
+    assert names[0] in link
+    assert "seed 101" in caption
+    assert "50.0%" in caption
+    assert caption.endswith("Without clipping 1 of 2 seeds have no spike, with ZClip 2 of 2.")
+
+
+def test_nothing_is_drawn_where_nothing_can_be_seen(tmp_path):
+    without, zclip = spiky_rows(tmp_path)
+    calm = {**without, "values": {"spikes": [0, 0]}}
+    for rows in ([], [without], [zclip], [calm, zclip]):
+        assert instability.draw(rows, tmp_path, tmp_path) == instability.picture(rows) == []
+
+
+def test_the_figure_has_units_and_every_step_around_the_spike():
+    without, zclip = falling(1500, spike=1000), falling(1500)
+    losses, norms = spike_figure(without, zclip, 1000, "nats", THEMES["light"]).axes
+    assert losses.get_ylabel() == "training loss\n(nats)"
+    assert norms.get_ylabel() == "gradient norm\n(L2)"
+    assert norms.get_xlabel() == "step"
+    for axes, key in ((losses, "losses"), (norms, "grad_norms")):
+        assert axes.get_yscale() == "log"
+        assert list(axes.lines[0].get_xdata()) == list(range(701, 1401))
+        assert list(axes.lines[0].get_ydata()) == list(without[key][700:1400])
+        assert list(axes.lines[1].get_ydata()) == list(zclip[key][700:1400])
+
+
+def test_the_thresholds_are_those_of_the_run():
+    norms = [1.0 + i % 3 for i in range(60)]
+    norms[40] = 50.0
+    clipper, told = ZClip(), []
+    for norm in norms:
+        clipper.decide(norm)
+        told.append(clipper.metrics)
+    drawn = spike_thresholds(norms)
+    ordinary = [i for i in range(25, 60) if i != 40]
+    assert np.isnan(drawn[:25]).all()
+    assert [drawn[i] for i in ordinary] == pytest.approx([told[i].threshold for i in ordinary])
+    assert drawn[40] == pytest.approx(told[39].mean + 2.5 * told[39].std, rel=1e-4)  # not what it was clipped to
 
 
 def test_regret_in_short(in_short, tmp_path, monkeypatch, capsys):

@@ -30,7 +30,6 @@ from benchmarks.paper.tables import (
     summarize_rows,
 )
 from benchmarks.report.records import read_records
-from benchmarks.report.summary import FINAL, steps_to_loss
 from benchmarks.training.cartpole import CartPoleRun, standardized_returns
 from benchmarks.training.digits import CORRUPTIONS, DigitBatches
 from benchmarks.training.methods import METHODS, PAPER
@@ -284,17 +283,6 @@ def test_what_diverged_is_counted_apart():
     assert column.show(counted(entry, column)) == "1.0 ± 0.0 (1 of 3)"
     count = Count("diverged", "diverged")
     assert count.show(counted(entry, count)) == "2 of 3"
-
-
-def test_steps_to_loss():
-    losses = [0.0] * FINAL + [3.0] * FINAL + [1.0] * FINAL
-    records = [record(i, loss) for i, loss in enumerate(losses, start=1 - FINAL)]  # what was before does not count
-    assert steps_to_loss(records, 2.0) == FINAL + FINAL // 2
-    records = records[FINAL:]
-    assert steps_to_loss(records, 2.0) == FINAL + FINAL // 2
-    assert math.isnan(steps_to_loss(records, 0.5))
-    records[FINAL] = record(FINAL + 1, 1.0, corrupted="zeros")
-    assert steps_to_loss(records, 2.0) == FINAL + FINAL // 2 + 1
 
 
 def test_micro_batches_leave_the_batch_s_gradient(monkeypatch):

@@ -138,6 +138,32 @@ def test_loss_and_steps_of_the_logger(records):
     assert list(lines(norm)["skipped"].get_xdata()) == [10 * NAN] * 2
 
 
+@pytest.mark.parametrize(
+    ("losses", "scale"), [((2.0, 1.0, 9.0), "linear"), ((2.0, 1.0, 11.0), "log"), ((2.0, -0.1, 11.0), "linear")]
+)
+def test_a_loss_over_more_than_a_decade_is_on_a_log_axis(losses, scale):
+    rows = [{"loss": loss, "grad_norm": 1.0, "clipped_norm": 1.0} for loss in (*losses, math.nan)]
+    assert plot_history(rows).axes[0].get_yscale() == scale
+
+
+def test_many_marks_do_not_hide_the_lines():
+    few, many = ([{"grad_norm": 2.0 + i % 2, "clipped_norm": 1.0} for i in range(steps)] for steps in (10, 1000))
+    sizes = []
+    for rows in (few, many):
+        drawn = lines(plot_history(rows).axes[0])
+        assert drawn["clipped"].get_zorder() < drawn["before clipping"].get_zorder()
+        sizes.append(drawn["clipped"].get_markersize())
+    assert sizes[0] > 2 * sizes[1]
+
+
+def test_the_legend_is_below_the_title(records):
+    (axes,) = plot_history(records).axes
+    axes.figure.draw_without_rendering()
+    title, legend = axes.title, axes.get_legend().get_window_extent()
+    (title,) = (text for text in axes.get_children() if getattr(text, "get_text", str)() == "Gradient norm")
+    assert axes.bbox.y1 <= legend.y0 < legend.y1 <= title.get_window_extent().y0
+
+
 @pytest.mark.parametrize("prefix", ["", "zclip/", "train/zclip/", "clip."])
 def test_any_prefix(records, prefix):
     rows = [{key.replace("zclip/", prefix): value for key, value in row.items()} for row in records]
