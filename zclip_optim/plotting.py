@@ -308,8 +308,8 @@ def _norm_panel(axes: Axes, history: _History, name: str) -> None:
         marks.set(markersize=max(1.5, min(4.0, 400 / len(clipped))), zorder=1.5)  # behind the lines
     if peaks := [peak for peak in history.peaks() if peak is not None]:
         places, norms, spikes = zip(*peaks, strict=True)
-        label = f"spikes between rows ({sum(spikes):.0f})"
-        axes.plot(places, norms, "v", color=CLIPPED, markerfacecolor="white", markersize=4, label=label)
+        between = f"spikes between rows ({sum(spikes):.0f})"
+        axes.plot(places, norms, "v", color=CLIPPED, markerfacecolor="white", markersize=4, label=between)
     skipped = history.skipped_at()
     for index, step in enumerate(skipped):
         label = None if index else f"skipped ({len(skipped)})"
