@@ -1,6 +1,7 @@
 """ZClip: measure, decide, apply; state in and out."""
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from zclip_optim.algorithm import NormStats, Scalar, ZClipConfig
 from zclip_optim.checks import (
     refuse_meta,
     refuse_to_look,
+    refuse_unexpected,
     refuse_unknown_shards,
     refuse_unless_count,
     refuse_unmeasurable,
@@ -60,6 +62,8 @@ class ZClip:
     """
 
     def __init__(self, *, process_group: ProcessGroups = None, **options: Any) -> None:
+        known = [field.name for field in dataclasses.fields(ZClipConfig)]
+        refuse_unexpected("ZClip", [name for name in options if name not in known], [*known, "process_group"])
         self.config = ZClipConfig(**options)
         self._process_groups = as_groups(process_group)
         records = fresh_records(None)

@@ -21,6 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf8")
 CI = (ROOT / ".ci" / "run").read_text(encoding="utf8")
 VERSIONS = (ROOT / ".ci" / "versions").read_text(encoding="utf8")
 DESCRIPTION = (ROOT / "DESCRIPTION.md").read_text(encoding="utf8")
+VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 RELATIVE_LINK = r"\[[^\]]*\]\((?!https://)[^)]*\)"
 EXTRAS = ["lightning", "accelerate", "transformers", "matplotlib", "tensorboard", "tqdm", "zclip", "torch_optimizer"]
 
@@ -28,7 +29,7 @@ EXTRAS = ["lightning", "accelerate", "transformers", "matplotlib", "tensorboard"
 def arguments():
     """Of ZClipOptimizer, with their defaults; what is left over is only there to be refused."""
     parameters = inspect.signature(zclip_optim.ZClipOptimizer).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    return {p.name: p.default for p in parameters if p.kind not in VARIADIC}
 
 
 def setup_cfg():
