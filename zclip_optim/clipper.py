@@ -38,6 +38,18 @@ class ZClip:
     Args:
         **options: the keyword arguments of `ZClipOptimizer`, with the same meaning, defaults and errors.
 
+    Who comes from the package `zclip` 1.0.0 of PyPI replaces its import by ``from zclip_optim import ZClip``, keeps
+    ``clipper.step(model)``, and leaves out the step where `step_was_skipped`; the argument names are the same. With
+    ``max_grad_norm=1.0`` and ``clip_factor=1`` the run is the same. What differs:
+
+    - `max_grad_norm` is None, not 1.0, which is fixed clipping of every model whose norms exceed 1;
+    - `clip_factor` multiplies the sigma term, not the whole threshold: with mu = 10, sigma = 0.1 and 0.5 a norm of 10.3
+      became 5.1, while 10.2 passed;
+    - `eps` is relative to mu: with norms near 1e-7 a tenfold spike was never seen;
+    - norms are in float32 or wider, not in the dtype of the first parameter: float16 overflows at 512;
+    - NaN, infinity and 0 never enter the statistics, which one NaN disabled for ever;
+    - the statistics can be saved, and norms are those of all ranks on any mesh.
+
     On an accelerator the statistics stay there: a step reads nothing back but one flag, if steps may be skipped.
     Reading `metrics`, `step_was_skipped` or `state_dict()` waits for the device, once per step, and `step` does because
     it returns a number. There the warnings come when something is read.
