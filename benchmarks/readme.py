@@ -240,6 +240,8 @@ def of_detector(result: Mapping[str, Any]) -> list[Claim]:
         Claim(text, "detector.json")
         for text in (
             f"in a DPO log {scaled} of the usual steps are scaled, with it {after}",
+            f"`lookback` catches {back['isolated_caught']} of {back['isolated']} lone spikes of that DPO log, "
+            f"the rule alone {dpo['isolated_caught']}",
             f"the rule misses {missed} of {grpo['isolated']} lone spikes of a GRPO log",
             f"long after a shift {stuck} of the steps are scaled, with it {freed}",
             f"one norm x 10,000 hides spikes up to step {blind[PAPER.label]}, with it to {blind[LOOKING_BACK.label]}",
