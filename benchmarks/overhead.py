@@ -2,19 +2,21 @@
 
 A method's own cost is the time of its step minus that of the bare optimizer's step, both measured in the same round;
 the methods of a round run in shuffled order on the same gradients, none of which is clipped. Figures are medians over
-rounds. Writes overhead.json, overhead.md and overhead.png.
+rounds. For the models of the first table also what a wrapped step with a closure adds, as Lightning takes it, what it
+costs to read the metrics, and the memory at the peak. Writes overhead.json, overhead.md and overhead.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle
+from itertools import accumulate, cycle, pairwise
 from pathlib import Path
 
 import matplotlib as mpl
@@ -23,6 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 from torch.optim import AdamW
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.options import add_out_option, positive_float, positive_int, prepare_folder
@@ -44,6 +47,8 @@ NOTES = (
     "zclip 1.0.0 is the published package with max_grad_norm=None; clip_grad_norm_ has a maximum that no norm reaches",
     "autoclip has rounds of its own: what runs after its quantiles starts with cold caches",
     f"one read: from {READ_SHOWN:,} parameters on",
+    "a step with a closure: more than the bare one's with a closure that evaluates nothing; memory: in tensors, at the "
+    "peak of a step, above the bare step's peak",
     "16-bit gradients: zclip_optim converts them to float32, chunk by chunk, before squaring; the others do not",
 )
 
@@ -80,6 +85,41 @@ class Row:
     own_us: dict[str, float]  # method -> its step minus the bare step
 
 
+@dataclass(frozen=True)
+class Besides:
+    """What else a wrapped step costs on one size."""
+
+    closure_us: float  # a step with a closure minus the bare optimizer's with the same one
+    as_dict_us: float  # reading `metrics.as_dict()`
+    extra_memory: int  # bytes in tensors at the peak of a step above the bare step's peak
+
+
+def perceptron(*widths: int) -> list[tuple[int, ...]]:
+    """The shapes of linear layers from each width to the next."""
+    return [shape for before, after in pairwise(widths) for shape in ((after, before), (after,))]
+
+
+def resnet18() -> list[tuple[int, ...]]:
+    """The shapes of torchvision's."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    for before, width in pairwise((64, 64, 128, 256, 512)):
+        norm = [(width,)] * 2
+        shapes += [(width, before, 3, 3), *norm, (width, width, 3, 3), *norm]
+        if before != width:
+            shapes += [(width, before, 1, 1), *norm]
+        shapes += [(width, width, 3, 3), *norm] * 2
+    return [*shapes, (1000, 512), (1000,)]
+
+
+def vision_transformer(hidden: int, layers: int) -> list[tuple[int, ...]]:
+    """The shapes of one with patches of 16 x 16 of an image of 224 x 224, such as ViT-S (384, 12)."""
+    norm = [(hidden,)] * 2
+    attention = [(3 * hidden, hidden), (3 * hidden,), (hidden, hidden), (hidden,)]
+    layer = [*norm, *attention, *norm, *perceptron(hidden, 4 * hidden, hidden)]
+    patches = [(1, 1, hidden), (1, 197, hidden), (hidden, 3, 16, 16), (hidden,)]
+    return [*patches, *layer * layers, *norm, (1000, hidden), (1000,)]
+
+
 def transformer(hidden: int, feed_forward: int, layers: int, vocabulary: int) -> list[tuple[int, ...]]:
     """The shapes of a LLaMA-like model with untied embeddings."""
     square, up, down = (hidden, hidden), (feed_forward, hidden), (hidden, feed_forward)
@@ -88,9 +128,16 @@ def transformer(hidden: int, feed_forward: int, layers: int, vocabulary: int) ->
 
 
 SIZES = (
-    Size("4 tensors, 1.4 k", [(32, 32), (32,), (10, 32), (10,)]),
+    Size("4 tensors, 1.4 k", perceptron(32, 32, 10)),
+    Size("RL, 17-64-64-6", perceptron(17, 64, 64, 6)),
+    Size("RL, 17-256-256-6", perceptron(17, 256, 256, 6)),
+    Size("LoRA, 50 pairs of 8 x 1024", [(8, 1024), (1024, 8)] * 50),
+    Size("8 tensors of 64 x 128", [(64, 128)] * 8),
+    Size("tabular, 100-512-512-512-1", perceptron(100, 512, 512, 512, 1)),
     Size("100 tensors of 64 x 64", [(64, 64)] * 100),
     Size("600 tensors of 32 x 32", [(32, 32)] * 600),
+    Size("ResNet-18", resnet18()),
+    Size("ViT-S", vision_transformer(384, 12)),
     Size("29 M, transformer", transformer(512, 1376, 6, 10_000)),
     Size("29 M, transformer, bf16", transformer(512, 1376, 6, 10_000), torch.bfloat16),
     Size("110 M, transformer", transformer(768, 2048, 12, 16_000)),
@@ -115,7 +162,10 @@ def run(args: argparse.Namespace) -> None:
     progress = tqdm(fits, unit="size", mininterval=progress_interval())
     rows = {size.name: measure(size, args.seconds) for size in progress}
     print(format_tables(rows))
-    result = heading("overhead", [0], "zclip", "autoclip") | {"rows": [asdict(row) for row in rows.values()]}
+    found = {size.name: besides(size, args.seconds) for size in SIZES if size in fits}
+    print(table_of_besides(found))
+    together = [asdict(row) | (asdict(found[name]) if name in found else {}) for name, row in rows.items()]
+    result = heading("overhead", [0], "zclip", "autoclip") | {"rows": together}
     write_result(args.out / "overhead.json", result, page)
     growth = [[rows[s.name] for s in sizes if s.name in rows] for sizes in (BY_TENSORS, BY_PARAMETERS)]
     overhead_figure(*growth, args.out / "overhead.png")
@@ -132,6 +182,8 @@ def page(result: Result) -> str:
         ratios([row for row in rows if row.size in {size.name for size in SIZES}]),
         "Own costs as they are, medians:",
         microseconds(rows),
+        "What else a wrapped step costs:",
+        table_of_besides({r["size"]: restored(Besides, r) for r in result["rows"] if "closure_us" in r}),
         "![Own cost against the number of tensors and of parameters](overhead.png)",
         bullets(NOTES),
     )
@@ -155,6 +207,30 @@ def measure(size: Size, seconds: float, device: torch.device = CPU) -> Row:
         own_us={name: median_difference(times[name], times[BARE]) for name in (OURS, *PEERS[:-1])}
         | {AUTOCLIP: median_difference(alone[AUTOCLIP], alone[BARE])},
     )
+
+
+def besides(size: Size, seconds: float) -> Besides:
+    """Measures what else a wrapped step costs."""
+    model = with_gradients(size, CPU)
+    base = AdamW(model.parameters(), lr=1e-6, fused=True)
+    optimizer, loss = ZClipOptimizer(base, z_thresh=NEVER), torch.zeros(())
+    steps = {BARE: lambda: base.step(lambda: loss), OURS: lambda: optimizer.step(lambda: loss)}
+    times = rounds(steps, model, 0.1 * seconds, CPU)
+    reads = [timed(lambda: optimizer.metrics.as_dict(), CPU) for _ in times[BARE]]
+    return Besides(
+        median_difference(times[OURS], times[BARE]),
+        statistics.median(reads),
+        peak_memory(optimizer.step) - peak_memory(base.step),
+    )
+
+
+def peak_memory(step: Step) -> int:
+    """Bytes in tensors on the CPU that a step makes, at its peak."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler prints when it starts and stops
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())), default=0)
 
 
 def rounds(
@@ -243,6 +319,21 @@ def microseconds(rows: Sequence[Row]) -> str:
             | {name: f"{us:,.1f}" for name, us in row.own_us.items()}
             | {READ: f"{row.read_us:,.1f}", "bare step": f"{row.bare_us:,.1f}", "rounds": row.rounds}
             for row in rows
+        ]
+    )
+
+
+def table_of_besides(found: Mapping[str, Besides]) -> str:
+    """Of the sizes that have it."""
+    return markdown(
+        [
+            {
+                "model": name,
+                "step with a closure, us": f"{row.closure_us:,.1f}",
+                "metrics.as_dict(), us": f"{row.as_dict_us:.1f}",
+                "memory, MB": f"{row.extra_memory / 1e6:.2f}",
+            }
+            for name, row in found.items()
         ]
     )
 

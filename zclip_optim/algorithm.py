@@ -23,7 +23,8 @@ None, the code is the paper line by line:
     sigma^2 <- alpha sigma^2 + (1 - alpha) (g*_t - mu)^2     with the new mu
 
 The same lines run on Python floats and on tensors: instead of a branch both sides are computed and selected from, so
-that on an accelerator the host never reads a value back. Branches depend on the configuration alone.
+that on an accelerator the host never reads a value back. Branches depend on the configuration, or leave out what the
+flag of a number, which is True or False and no tensor, says will not be selected.
 
 References:
     Kumar, Owen, Roy Chowdhury, Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", arXiv:2504.02507.
@@ -216,7 +217,8 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
         The `Decision`, of the same kind, device and shape as `norm`.
     """
     where = where_for(norm)
-    mean, std, warm = stats.mean, stats.var**0.5, stats.step >= config.warmup_steps
+    mean, var, step, streak, spikes, clipped_steps = stats
+    std, warm = var**0.5, step >= config.warmup_steps
     square = norm * norm
     usable = (norm > 0) & (square < math.inf)
     g = where(usable, norm, 1.0)  # some number to go on with, where the norm is left alone
@@ -224,21 +226,22 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
     scale = std + config.eps * mean
     z = (g - mean) / (scale + (scale == 0) * TINY)
     is_spike = warm & (z > config.z_thresh)
-    # g*_t is the threshold on a spike, unless `clip_factor` > 1 lifts that over g_t, and g_t otherwise
-    threshold = _spike_threshold(where(is_spike, z, config.z_thresh), mean, std, config)
-    g_star = where(is_spike & (threshold < g), threshold, g)
+    ordinary = where(warm, mean + config.z_thresh * scale, math.inf)
+    g_star, limit, too_far = g, ordinary, False
+    if is_spike is not False:
+        # g*_t is the threshold on a spike, unless `clip_factor` > 1 lifts that over g_t, and g_t otherwise
+        threshold = _spike_threshold(where(is_spike, z, config.z_thresh), mean, std, config)
+        g_star, limit = where(is_spike & (threshold < g), threshold, g), where(is_spike, threshold, ordinary)
+        if config.z_skip is not None:
+            too_far = is_spike & (z > config.z_skip) & (streak < SKIPS_IN_A_ROW)
     cap = config.max_grad_norm
     capped = g_star if cap is None else where(g_star < cap, g_star, cap)
-    ordinary = where(warm, mean + config.z_thresh * scale, math.inf)
-    growing, window = _start(stats.step + 0 * mean, config)  # in the precision of the norm, though steps be integers
-    entering = _entering(g_star, is_spike & growing, std, stats, config, where)
-    new_mean, new_var = _updated(entering, is_spike, growing, window, stats, config, where)
-    _, _, step, streak, spikes, clipped_steps = stats
+    new_mean, new_var = _updated(g_star, is_spike, std, stats, config, where)
     streak = (streak + 1) * is_spike
     after = NormStats(new_mean, new_var, step + 1, streak, spikes + is_spike, clipped_steps + (capped < g))
-    limit, z_score = where(is_spike, threshold, ordinary), where(warm, z, math.nan)
-    too_far = is_spike & (z > config.z_skip) & (stats.streak < SKIPS_IN_A_ROW) if config.z_skip is not None else False
-    clipped = Decision(capped / g, capped, limit, z_score, is_spike, too_far, after)
+    clipped = Decision(capped / g, capped, limit, where(warm, z, math.nan), is_spike, too_far, after)
+    if usable is True:
+        return clipped
     broken = (square - square != 0) & (config.nonfinite != "pass")  # NaN, unless the square is finite
     left_alone = Decision(1.0, norm, ordinary, math.nan, False, broken, stats)
     decision: Decision = where(usable, clipped, left_alone)
@@ -261,8 +264,6 @@ def _entering(
 
     x = mu + z_thresh sigma, so that the spread grows until what is no anomaly is inside
     """
-    if config.lookback is None:
-        return g_star
     is_common = COMMON * (stats.spike_steps + 1) > stats.step - config.warmup_steps + FEW
     return where(is_early_spike & is_common, stats.mean + config.z_thresh * std, g_star)
 
@@ -279,17 +280,34 @@ def _start(step: Scalar, config: ZClipConfig) -> tuple[Scalar, Scalar]:
 
 
 def _updated(
-    x: Scalar,
-    is_spike: Scalar,
-    growing: Scalar,
-    window: Scalar,
-    stats: NormStats,
-    config: ZClipConfig,
-    where: Where,
+    g_star: Scalar, is_spike: Scalar, std: Scalar, stats: NormStats, config: ZClipConfig, where: Where
 ) -> tuple[Scalar, Scalar]:
     """Mean and variance of the next step."""
+    mean, var, step, *_ = stats
+    growing, window = _start(step + 0 * mean, config)  # in the precision of the norm, though steps be integers
+    x = g_star
+    if config.lookback is not None:
+        x = _entering(g_star, is_spike & growing, std, stats, config, where)
+    # mu <- a_n mu + (1 - a_n) x   over a window that grows;   later   mu <- alpha mu + (1 - alpha) x
+    alpha, beta = config.alpha, 1 - config.alpha
+    new_mean = where(growing, mean + (x - mean) / window, alpha * mean + beta * x)
+    if config.alpha_down is not None:
+        # below mu with the smaller factor:   mu <- alpha_down mu + (1 - alpha_down) x
+        lower = config.alpha_down * mean + (1 - config.alpha_down) * x
+        new_mean = where((x < mean) & (lower < new_mean), lower, new_mean)
+    # sigma^2 <- a_n sigma^2 + (1 - a_n) (x - mu) (x - new mu), Welford's form;
+    # later   alpha sigma^2 + (1 - alpha) (x - new mu)^2
+    deviation = x - new_mean
+    exact = var + ((x - mean) * deviation - var) / window
+    new_var = where(growing, exact, alpha * var + beta * deviation * deviation)
+    return (new_mean, new_var) if is_spike is False else _after_spike(new_mean, new_var, is_spike, stats, config, where)
+
+
+def _after_spike(
+    new_mean: Scalar, new_var: Scalar, is_spike: Scalar, stats: NormStats, config: ZClipConfig, where: Where
+) -> tuple[Scalar, Scalar]:
+    """The same after a spike, by `skip_update_on_spike` and `patience`."""
     mean, var, _, streak, *_ = stats
-    new_mean, new_var = _averaged(x, growing, window, stats, config, where)
     if config.patience is not None:
         # from the 11th spike in a row on:   sigma^2 <- max(sigma^2, what the update gives)
         new_var = where(is_spike & (streak >= STEADY_AFTER) & (new_var < var), var, new_var)
@@ -300,24 +318,6 @@ def _updated(
         rising = is_spike & (streak >= config.patience)
         new_mean, new_var = where(rising, RISE * mean, new_mean), where(rising, RISE**2 * var, new_var)
     return new_mean, new_var
-
-
-def _averaged(
-    x: Scalar, growing: Scalar, window: Scalar, stats: NormStats, config: ZClipConfig, where: Where
-) -> tuple[Scalar, Scalar]:
-    """Mean and variance with one norm more: over a growing window the exact ones (Welford), then exponential ones."""
-    mean, var, *_ = stats
-    alpha, beta = config.alpha, 1 - config.alpha
-    # mu <- a_n mu + (1 - a_n) x;   later   mu <- alpha mu + (1 - alpha) x
-    new_mean = where(growing, mean + (x - mean) / window, alpha * mean + beta * x)
-    if config.alpha_down is not None:
-        # below mu with the smaller factor:   mu <- alpha_down mu + (1 - alpha_down) x
-        lower = config.alpha_down * mean + (1 - config.alpha_down) * x
-        new_mean = where((x < mean) & (lower < new_mean), lower, new_mean)
-    # sigma^2 <- a_n sigma^2 + (1 - a_n) (x - mu) (x - new mu);   later   alpha sigma^2 + (1 - alpha) (x - new mu)^2
-    deviation = x - new_mean
-    exact = var + ((x - mean) * deviation - var) / window
-    return new_mean, where(growing, exact, alpha * var + beta * deviation * deviation)
 
 
 def where_for(value: Scalar) -> Where:

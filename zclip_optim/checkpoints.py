@@ -38,7 +38,7 @@ class Checkpoints:
         self._are_told = True  # the hooks, of a checkpoint that is loaded
         saved = self._found_in(base.param_groups, "start afresh")
         if saved is not None:
-            clipper._restore(saved, base.param_groups)
+            clipper._records.restore(saved, base.param_groups)
         publish(clipper, base.param_groups)
         self._listen()
 
@@ -84,7 +84,7 @@ class Checkpoints:
             yield
         finally:
             self._are_told = True
-        self.clipper._restore(saved, self.base.param_groups)
+        self.clipper._records.restore(saved, self.base.param_groups)
         self._write()
 
     def before_load(self, _: int) -> None:
@@ -97,16 +97,16 @@ class Checkpoints:
         """A part has loaded a checkpoint: go on from the statistics in its param groups, if there are any."""
         if not self._are_told:
             return
-        valid = self.clipper._saved_state(self.base.param_groups)
+        valid = self.clipper._records.to_save(self.base.param_groups)
         found = self._found_in(self.parts[part].param_groups, "go on as they were")
         if found is not None and self.clipper.config.scope == "group":
             start = sum(len(other.param_groups) for other in self.parts[:part])
             end = start + len(found.stats)
             found = found._replace(stats=[*valid.stats[:start], *found.stats, *valid.stats[end:]])
         if found is not None and found != valid:
-            self.clipper._restore(found, self.base.param_groups)
+            self.clipper._records.restore(found, self.base.param_groups)
         else:
-            self.clipper._follow(self.base.param_groups)
+            self.clipper._records.follow(self.base.param_groups)
         self._write()
 
     def put_into_base(self, state: Mapping[str, Any]) -> None:
@@ -142,7 +142,7 @@ class Checkpoints:
         """Whether they can be restored from these param groups of a state dict."""
         with contextlib.suppress(ValueError):
             found = from_flat(param_groups, self.clipper.config.scope)
-            return found is not None and found == self.clipper._saved_state(self.base.param_groups)
+            return found is not None and found == self.clipper._records.to_save(self.base.param_groups)
         return False
 
     def _listen(self) -> None:
@@ -153,13 +153,13 @@ class Checkpoints:
 
     def __getstate__(self) -> dict[str, Any]:
         """With the places of the statistics of the param groups, by which a copy knows its own."""
-        return {**self.__dict__, PLACES: self.clipper._groups.places_of(self.base.param_groups)}
+        return {**self.__dict__, PLACES: self.clipper._records.places_of(self.base.param_groups)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, around a copy of the base optimizer, which has no hooks, or silent ones."""
         places = state.pop(PLACES, None)
         self.__dict__.update(state)
-        self.clipper._follow(self.base.param_groups, places)
+        self.clipper._records.follow(self.base.param_groups, places)
         self._listen()
 
 
@@ -169,7 +169,7 @@ def publish(clipper: ZClip, param_groups: Sequence[dict[str, Any]]) -> None:
     Raises:
         ValueError: a group's ``zclip`` is neither True nor False. Nothing has changed then.
     """
-    flats = itertools.cycle(to_flat(clipper._saved_state(param_groups), clipper.config.scope))
+    flats = itertools.cycle(to_flat(clipper._records.to_save(param_groups), clipper.config.scope))
     for group, choice, flat in zip(param_groups, choices(param_groups), flats, strict=False):
         group.update(flat, **{CHOICE: choice})
 

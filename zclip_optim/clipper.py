@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,24 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zclip_optim.algorithm import NormStats, Scalar, ZClipConfig
-from zclip_optim.checks import (
-    refuse_meta,
-    refuse_to_look,
-    refuse_unexpected,
-    refuse_unknown_shards,
-    refuse_unless_count,
-    refuse_unmeasurable,
-)
+from zclip_optim.algorithm import Scalar, ZClipConfig
+from zclip_optim.checks import refuse_unexpected, refuse_unless_count
 from zclip_optim.fused import Kernels, KernelScaler
 from zclip_optim.gradients import Gradients, ParamGroups, ReportedNorm, Scaler
-from zclip_optim.health import Health, nonfinite_error
-from zclip_optim.layout import gradients_of
+from zclip_optim.health import nonfinite_error
+from zclip_optim.measure import gradients_of, measure
 from zclip_optim.metrics import ClipMetrics, ParameterNorm, combine, ranked
-from zclip_optim.param_groups import KnownGroups, Places, as_param_groups
+from zclip_optim.param_groups import as_param_groups
 from zclip_optim.process_groups import Parameters, ProcessGroups, as_groups
-from zclip_optim.running import DeviceState, HostState, Verdict, uncompiled
-from zclip_optim.state import SavedState, StepRecord, fresh_records, from_state_dict, to_flat
+from zclip_optim.records import Records
+from zclip_optim.running import DeviceState, Verdict, uncompiled
+from zclip_optim.state import SavedState, from_state_dict, to_flat
 
 
 class ZClip:
@@ -78,10 +71,8 @@ class ZClip:
         refuse_unexpected("ZClip", [name for name in options if name not in known], [*known, "process_group"])
         self.config = ZClipConfig(**options)
         self._process_groups = as_groups(process_group)
-        records = fresh_records(None)
-        self._health = Health(self.config, records)
-        self._groups = KnownGroups()  # that the records are of, one of each, with scope="group"
-        self._state: HostState | DeviceState = HostState(records)
+        self._records = Records(self.config)
+        self._health = self._records.health
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ZClip":
         twin = memo[id(self)] = type(self).__new__(type(self))
@@ -108,7 +99,7 @@ class ZClip:
         param_groups = as_param_groups(model_or_parameters, self._process_groups)
         self._health.check_given(model_or_parameters, param_groups)
         self._clip(param_groups)
-        return math.hypot(*(record.norm for record in self._wait_for_records()))
+        return math.hypot(*(record.norm for record in self._records.read()))
 
     def decide(self, norm: float | Tensor) -> Any:
         """Take a step for gradients that somebody else has measured and will scale, such as a sharded engine.
@@ -153,28 +144,16 @@ class ZClip:
         return self._clip_now(param_groups, new_step, kernels)
 
     def _clip_now(self, param_groups: ParamGroups, new_step: bool, kernels: Kernels | None) -> bool:
-        gradients = self._gradients_of(param_groups)
-        try:
-            norms = gradients.norms()
-        except (RuntimeError, TypeError) as error:
-            refuse_unmeasurable(gradients.param_groups, error)
-            raise
+        gradients, norms = measure(param_groups, self.config.scope, self._process_groups)
         if (self._health.missing or not any(gradients.local)) and new_step:
             self._health.count_missing(gradients.are_missing(norms))
-        self._follow(param_groups)
-        if kernels is None or gradients.device is None:
-            return self._step(norms, gradients, new_step, gradients)
-        return self._step(norms, KernelScaler(gradients, kernels), new_step)
-
-    def _gradients_of(self, param_groups: ParamGroups) -> Gradients:
-        gradients = gradients_of(param_groups, self.config.scope, self._process_groups)
-        if not gradients.are_all_here:
-            refuse_unknown_shards(itertools.chain(*gradients.scopes), self._process_groups)
-        return gradients
+        self._records.follow(param_groups)
+        scaler = gradients if kernels is None or gradients.device is None else KernelScaler(gradients, kernels)
+        return self._step(norms, scaler, new_step, gradients)
 
     def _step(self, norms: Any, scaler: Scaler, new_step: bool, gradients: Gradients | None = None) -> bool:
         """Decide on norms and have it carried out; whether the optimizer may step. `gradients` serve the warnings."""
-        state = self._state_on(scaler.device)
+        state = self._records.on(scaler.device)
         verdict = state.step(norms, self.config, new_step)
         if isinstance(state, DeviceState):
             may_step = self._apply_on_device(verdict, scaler, state)
@@ -189,14 +168,8 @@ class ZClip:
 
     def _apply_on_device(self, verdict: Verdict, scaler: Scaler, state: DeviceState) -> bool:
         scaler.scale_(verdict.coefs)
-        if not self.config.can_skip or (self._may_skip_unseen(state) and scaler.leaves_out(verdict.skip)):
-            return True
-        refuse_meta(state.device)
-        refuse_to_look(state.is_being_captured())
-        if verdict.skip.item():  # the one thing that is ever read back in a step
-            return False
-        state.note_finite()
-        return True
+        is_left = not self.config.can_skip or (self._may_skip_unseen(state) and scaler.leaves_out(verdict.skip))
+        return is_left or not state.must_skip(verdict.skip)
 
     def _may_skip_unseen(self, state: DeviceState) -> bool:
         """Not if this step may have to raise; how near `max_consecutive_nonfinite` is, reading the metrics tells."""
@@ -204,52 +177,16 @@ class ZClip:
         return policy == "pass" or (policy == "skip" and state.last_read[0].nonfinite_streak + 1 < limit)
 
     def _raise_if_told_to(self, norms: Iterable[Scalar], scaler: Scaler) -> None:
-        record, limit = self._wait_for_records()[0], self.config.max_consecutive_nonfinite or math.inf
+        record, limit = self._records.read()[0], self.config.max_consecutive_nonfinite or math.inf
         if record.failed and (self.config.nonfinite == "raise" or record.nonfinite_streak >= limit):
             # Whether a rank gets here with kernels of its own depends on what it has read before: no collective then.
             where = scaler.describe_nonfinite(ask_others=not (scaler.acts_later and self.config.nonfinite == "skip"))
             raise nonfinite_error(math.hypot(*map(float, norms)), record, where)
 
-    def _state_on(self, device: torch.device | None) -> HostState | DeviceState:
-        """The state, where a step on this device goes on; moved there if it is elsewhere."""
-        if self._state.device != device:
-            self._go_on_from(self._wait_for_records(), device)
-        return self._state
-
-    def _follow(self, param_groups: ParamGroups, places: Places | None = None) -> None:
-        """Bring the records, if each is of a group, into the order of these; `places` says where they are now."""
-        if self.config.scope == "global" or (places is None and self._groups.are(param_groups)):
-            return
-        if places is None:
-            places = self._groups.places_of(param_groups)
-        if places != list(range(self._state.n_scopes)):
-            self._go_on_from(self._arranged(places), self._state.device)
-        self._groups.know(param_groups)
-
-    def _go_on_from(self, records: list[StepRecord], device: torch.device | None) -> None:
-        if (self._state.device, self._state.n_scopes) == (device, len(records)):
-            self._state.write(records)
-        else:
-            self._state = HostState(records) if device is None else DeviceState(records, device)
-        self._health.go_on_from(records)
-
-    def _wait_for_records(self) -> list[StepRecord]:
-        """The records of the last step. On an accelerator this waits for it, once, and is when warnings are given."""
-        refuse_meta(self._state.device)
-        records = self._state.read()
-        self._health.check_when_read(records)
-        return records
-
-    def _arranged(self, places: Places) -> list[StepRecord]:
-        """The records in another order; a group that has none starts afresh."""
-        records = self._wait_for_records()
-        new = StepRecord.before_any(NormStats(), records[0].counters)
-        return [new if place is None or place >= len(records) else records[place] for place in places] or [new]
-
     @property
     def step_was_skipped(self) -> bool:
         """Whether the optimizer must not step: the last norm was NaN or infinite, or a spike above `z_skip`."""
-        return bool(self._wait_for_records()[0].skipped)
+        return bool(self._records.read()[0].skipped)
 
     @property
     def metrics(self) -> ClipMetrics:
@@ -260,17 +197,18 @@ class ZClip:
     @property
     def group_metrics(self) -> list[ClipMetrics]:
         """`ClipMetrics` of the last step, one per param group that it had; a single one unless ``scope="group"``."""
-        return [ClipMetrics.of(record, self.config.warmup_steps) for record in self._wait_for_records()]
+        return [ClipMetrics.of(record, self.config.warmup_steps) for record in self._records.read()]
 
     def norms_by_parameter(self, model_or_parameters: Parameters, limit: int | None = 10) -> list[ParameterNorm]:
         """As `ZClipOptimizer.norms_by_parameter`, of what `step` takes; those of a module have its names."""
         refuse_unless_count("limit", limit)
-        gradients = self._gradients_of(as_param_groups(model_or_parameters, self._process_groups))
+        param_groups = as_param_groups(model_or_parameters, self._process_groups)
+        gradients = gradients_of(param_groups, self.config.scope, self._process_groups)
         return ranked(gradients.norms_by_parameter(), limit)
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics as plain Python scalars; hyperparameters are not saved."""
-        return {"groups": to_flat(SavedState.of(self._wait_for_records()), self.config.scope)}
+        return {"groups": to_flat(SavedState.of(self._records.read()), self.config.scope)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the statistics that `state_dict` returned. Each kind of `ZClipWarning` can then be given again.
@@ -278,17 +216,4 @@ class ZClip:
         Raises:
             ValueError: the state is malformed; names the key. Nothing has changed then.
         """
-        self._restore(from_state_dict(state_dict, self.config.scope))
-
-    def _restore(self, saved: SavedState | None, param_groups: ParamGroups | None = None) -> None:
-        """Take over a parsed state, of these groups, or of those that come next; None starts afresh."""
-        self._groups = KnownGroups()
-        self._go_on_from(fresh_records(saved), self._state.device)
-        if param_groups is not None:
-            self._follow(param_groups)
-        self._health.restart(self._state.read())
-
-    def _saved_state(self, param_groups: ParamGroups) -> SavedState:
-        """What a checkpoint of these param groups has."""
-        is_one = self.config.scope == "global"
-        return SavedState.of(self._arranged([0] if is_one else self._groups.places_of(param_groups)))
+        self._records.restore(from_state_dict(state_dict, self.config.scope))

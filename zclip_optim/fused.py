@@ -18,7 +18,7 @@ ATTRIBUTES = ("grad_scale", "found_inf")  # which GradScaler sets too, on the op
 
 
 class Kernels:
-    """What the kernels of optimizers are told for one step: given within the context, taken back at its end.
+    """What the kernels of optimizers are told for one step: given within the context of it, taken back at its end.
 
     Args:
         optimizers: that step together; if one of them has no such kernels, none is told anything.
@@ -36,6 +36,7 @@ class Kernels:
 
     def __exit__(self, *_: object) -> None:
         if self.scale_themselves:
+            self.scale_themselves = False
             for optimizer in self.optimizers:
                 for name in ATTRIBUTES:
                     optimizer.__dict__.pop(name, None)

@@ -78,13 +78,6 @@ def is_on_mesh(value: Tensor) -> bool:
     return getattr(value, "device_mesh", None) is not None
 
 
-def gradients_of(param_groups: ParamGroups, scope: str, process_groups: ShardGroups) -> Gradients:
-    """The gradients of param groups, wherever they are."""
-    if in_use():
-        return ShardedGradients(param_groups, scope, process_groups)
-    return Gradients(param_groups, scope)
-
-
 class ShardedGradients(Gradients):
     """The gradients of param groups, elements of which may be on other ranks.
 

@@ -163,6 +163,7 @@ class ZClipOptimizer(Optimizer):
         make_hook_dicts(self)
         self._has_stepped = False  # or was asked to, in this process
         self._dimensions = most_dimensions(self._params())  # until then
+        self._kernels = Kernels(tuple(parts))
         self._evaluations = Evaluations(self.clipper)
         self._checkpoints = Checkpoints(self.base_optimizer, tuple(parts), self.clipper)
 
@@ -275,7 +276,7 @@ class ZClipOptimizer(Optimizer):
 
     def _step(self) -> Any:
         base = self.base_optimizer
-        with Kernels(self.parts) as kernels:
+        with self._kernels as kernels:
             if self.clipper._clip(base.param_groups, kernels=kernels):
                 return base.step()
         return uncompiled(count_left_out)(base)
@@ -283,7 +284,7 @@ class ZClipOptimizer(Optimizer):
     def _step_with(self, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
         if closure is None and not args and not kwargs:
             return self._step()
-        with Kernels(self.parts) as kernels:
+        with self._kernels as kernels:
             return self._evaluations.step(self.base_optimizer, kernels, *given(closure, args), **kwargs)
 
     def _look_at_first_step(self) -> None:

@@ -9,13 +9,14 @@ import math
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from zclip_optim.algorithm import Decision, Scalar, ZClipConfig, decide, where_for
-from zclip_optim.checks import refuse_to_read
+from zclip_optim.checks import refuse_meta, refuse_to_look, refuse_to_read
 from zclip_optim.health import ZClipWarning
 from zclip_optim.norm import wide_dtype
 from zclip_optim.state import Counters, StepRecord, was_skipped
@@ -57,30 +58,30 @@ def advance(
         The records of this step, the coefficients, both like `records`, and whether the optimizer must not step.
     """
     square = total * total
-    where, failed = where_for(total), square - square != 0  # NaN, unless it is finite, as `decide` has it
+    failed = square - square != 0  # NaN, unless it is finite, as `decide` has it
     refused = failed & (config.nonfinite != "pass")
-    coefs, decisions = [], []
+    coefs, decisions, skips = [], [], []
     for record, norm in zip(records, norms, strict=True):
-        stats = record.decision.stats if new_step else record.before
         # If the norm of one scope is not finite, the step is not taken and the statistics of none move.
-        decision = decide(where(failed, total, norm), stats, config)
+        seen = norm if failed is False else where_for(total)(failed, total, norm)
+        decision = decide(seen, record.decision.stats if new_step else record.before, config)
         coefs.append(decision.clip_coef)
+        skips.append(decision.skip)
         decisions.append(decision)
     if not new_step:
         return [_went_on(record, refused) for record in records], coefs, refused
-    skip = any_of([decision.skip for decision in decisions])
-    after = [_begun(*each, skip, refused) for each in zip(records, norms, decisions, strict=True)]
-    return after, coefs, skip
+    skip = any_of(skips)
+    return [*map(_begun, records, norms, decisions, repeat(skip), repeat(refused))], coefs, skip
 
 
 def _begun(before: StepRecord, norm: Scalar, decided: Decision, skip: Scalar, refused: Scalar) -> StepRecord:
     """The record of a step after its first evaluation."""
-    coef, clipped_norm, threshold, z_score, is_spike, skip_alone, stats = decided
-    if skip is not skip_alone:
+    if skip is not decided.skip:
+        coef, clipped_norm, threshold, z_score, is_spike, _, stats = decided
         decided = Decision(coef, clipped_norm, threshold, z_score, is_spike, skip, stats)
-    skipped_steps, streak = before.counters
-    counters = Counters(skipped_steps + skip, streak * (before.failed != 0) + refused)
-    return StepRecord(before.decision.stats, norm, decided, refused, counters)
+    _, _, decision, failed, (skipped_steps, streak) = before
+    counters = Counters(skipped_steps + skip, streak * (failed != 0) + refused)
+    return StepRecord(decision.stats, norm, decided, refused, counters)
 
 
 def _went_on(record: StepRecord, refused: Scalar) -> StepRecord:
@@ -161,9 +162,14 @@ class DeviceState:
         """Whether what is done now goes into a CUDA graph, so that nothing can be read."""
         return _is_capturing(self.values)
 
-    def note_finite(self) -> None:
-        """Somebody has read that the norm of the last step was finite: that much of the records is known."""
-        self.last_read = [record._replace(failed=False) for record in self.last_read]
+    def must_skip(self, flag: Tensor) -> bool:
+        """Whether the step must be left out: the one thing that is ever read back in a step."""
+        refuse_meta(self.device)
+        refuse_to_look(self.is_being_captured())
+        if flag.item():
+            return True
+        self.last_read = [record._replace(failed=False) for record in self.last_read]  # that much of them is known
+        return False
 
 
 def _is_capturing(values: Tensor) -> bool:

@@ -131,6 +131,9 @@ def test_overhead_in_short(benchmarks, tmp_path):
     rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]
     assert {row["parameters"] for row in rows} > {1386, 4096, 16_384}
     assert all(set(row["own_us"]) == {"zclip_optim", "zclip 1.0.0", "clip_grad_norm_", "autoclip"} for row in rows)
+    besides = [row for row in rows if "closure_us" in row]
+    assert {row["size"] for row in besides} == {"4 tensors, 1.4 k", "RL, 17-64-64-6"}
+    assert all(0 <= row["extra_memory"] < 4 * row["parameters"] and row["as_dict_us"] > 0 for row in besides)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run")

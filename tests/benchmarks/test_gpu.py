@@ -73,7 +73,9 @@ def test_it_holds(name):
 
 def reads_its_state(monkeypatch):
     step = ZClipOptimizer.step
-    monkeypatch.setattr(ZClipOptimizer, "step", lambda self: step(self) or self.clipper._state.values[0, 0].item())
+    monkeypatch.setattr(
+        ZClipOptimizer, "step", lambda self: step(self) or self.clipper._records.state.values[0, 0].item()
+    )
 
 
 def replays_nothing(monkeypatch):

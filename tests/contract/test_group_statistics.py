@@ -249,8 +249,8 @@ def test_a_change_is_read_once_and_an_ordinary_step_not_at_all(monkeypatch):
     monkeypatch.setattr(zclip_optim.gradients, "stays_on_device", lambda tensor: True)
     optimizer = ZClipOptimizer(sgd(make_groups()), scope="group", nonfinite="pass")
     reads = []
-    read = type(train(optimizer, 1).clipper._state).read
-    monkeypatch.setattr(type(optimizer.clipper._state), "read", lambda state: reads.append(1) or read(state))
+    read = type(train(optimizer, 1).clipper._records.state).read
+    monkeypatch.setattr(type(optimizer.clipper._records.state), "read", lambda state: reads.append(1) or read(state))
     train(optimizer, 3)
     assert not reads
     delete(optimizer)

@@ -47,7 +47,7 @@ hostile_values = st.one_of(
 
 
 def snapshot(optimizer):
-    return repr((optimizer.state_dict(), optimizer.metrics, optimizer.clipper._state.read()[0].counters))
+    return repr((optimizer.state_dict(), optimizer.metrics, optimizer.clipper._records.state.read()[0].counters))
 
 
 def attack(optimizer, saved):

@@ -1,5 +1,6 @@
 """The norm against float64 on every kind of gradient; scaling; the names of non-finite gradients."""
 
+import functools
 import math
 
 import pytest
@@ -60,14 +61,34 @@ def test_norm_is_that_of_float64(make):
     assert gradient_norm(gradients) == pytest.approx(expected, rel=1e-6, abs=0)
 
 
+def below_half_a_unit(running_sums: int) -> torch.Tensor:
+    """A few elements, after whose squares each of the others' is too small to be added to a sum in float32."""
+    values = torch.full((SMALL,), 5.9e-8**0.5)
+    values[:running_sums] = 1.0
+    return values
+
+
 @pytest.mark.parametrize("count", [1, FEW + 1])
 @pytest.mark.parametrize(
-    ("make", "error"), [(lambda: torch.randn(SMALL), 1e-7), (lambda: torch.full((SMALL,), 0.777), 4e-6)]
+    ("make", "error"),
+    [
+        (lambda: torch.randn(SMALL), 1e-6),
+        (lambda: torch.randn(SMALL) * (torch.rand(SMALL) < 0.01), 1e-6),
+        (lambda: torch.full((SMALL,), 0.777), 1e-4),
+        *[(functools.partial(below_half_a_unit, 2**n), 1e-4) for n in range(11)],
+    ],
 )
-def test_small_tensors_are_measured_in_float32(count, make, error):
+def test_small_tensors_are_measured_in_float32_as_exactly_as_clipping_needs(count, make, error):
     torch.manual_seed(0)
     gradients = [make() for _ in range(count)]
     assert gradient_norm(gradients) == pytest.approx(exact_norm(gradients), rel=error, abs=0)
+
+
+def test_large_16_bit_tensors_share_a_buffer():
+    torch.manual_seed(0)
+    sizes = [SMALL + 1, CHUNK - 5, 3, 2 * CHUNK + 7, SMALL + 2, CHUNK, 40]
+    gradients = [torch.randn(size).to(dtype) for size in sizes for dtype in (torch.bfloat16, torch.float16)]
+    assert gradient_norm(gradients) == pytest.approx(exact_norm(gradients), rel=1e-6, abs=0)
 
 
 def test_norm_does_not_depend_on_the_number_of_threads():

@@ -426,7 +426,7 @@ class TestOneClipperForTwoNetworks:
             def __iter__(self):
                 raise AssertionError("looked at every parameter")
 
-        health = Health(ZClip().config, ZClip()._state.read())
+        health = Health(ZClip().config, ZClip()._records.state.read())
         for _ in range(50):
             health.check_given([p], [{"params": Groups([p])}])
 
@@ -446,7 +446,7 @@ def test_a_norm_whose_square_overflows_is_not_the_largest_of_a_window():
             set_gradients([p], 1e170 if step == 250 else min(norm, 1.1))
             clipper.step([p])
             if step == 225:
-                clipper._health.restart(clipper._state.read())
+                clipper._health.restart(clipper._records.state.read())
         for norm in noise(300, spread=0.3):
             set_gradients([p], min(norm, 1.1))
             clipper.step([p])

@@ -275,7 +275,7 @@ def test_a_captured_step_is_read_anew_every_time(rollback, on_device, monkeypatc
     assert optimizer.metrics.step == 1
     if rollback:
         optimizer.load_state_dict(optimizer.state_dict())
-    state = optimizer.clipper._state
+    state = optimizer.clipper._records.state
     state.step(torch.ones(1, dtype=torch.float64), optimizer.clipper.config, True)  # a replay: none of our code runs
     assert optimizer.metrics.step == 2
 
@@ -691,10 +691,10 @@ class TestState:
         optimizer = ZClipOptimizer(FUSED["AdamW"]([p]))
         set_gradients([p], 1.0)
         optimizer.step()
-        place = optimizer.clipper._state.values.data_ptr()
+        place = optimizer.clipper._records.state.values.data_ptr()
         optimizer.load_state_dict(optimizer.state_dict())
         optimizer.step()
-        assert optimizer.clipper._state.values.data_ptr() == place
+        assert optimizer.clipper._records.state.values.data_ptr() == place
         assert optimizer.metrics.step == 2
 
     def test_it_may_be_made_in_inference_mode(self, on_device):
@@ -783,7 +783,7 @@ class TestCompiling:
         config = zclip_optim.algorithm.ZClipConfig(warmup_steps=3, **options)
         torch.compiler.reset()
         compiled = torch.compile(running._advance_in_place, fullgraph=True, dynamic=False, backend=backend)
-        states = [DeviceState(ZClip()._state.read() * n_scopes, CPU) for _ in range(2)]
+        states = [DeviceState(ZClip()._records.state.read() * n_scopes, CPU) for _ in range(2)]
         for norm in NORMS:
             norms = norm * torch.linspace(1, 2, n_scopes, dtype=torch.float64)
             for new_step in (True, False):

@@ -151,7 +151,7 @@ class _Hooks:
         asked = inspect.signature(load).bind(*args, **kwargs).arguments
         saved = (client_state or {}).pop("zclip", None)
         if path is not None and asked.get("load_optimizer_states", True) and not asked.get("load_module_only"):
-            self.clipper._restore(saved and from_state_dict(saved, self.clipper.config.scope))
+            self.clipper._records.restore(saved and from_state_dict(saved, self.clipper.config.scope))
         return path, client_state
 
 

@@ -105,7 +105,7 @@ class _Attached:
         self.saved = from_flat(state_dict["param_groups"], self.clipper.config.scope)
 
     def restore(self, *_: Any) -> None:
-        self.clipper._restore(self.saved)
+        self.clipper._records.restore(self.saved)
         publish(self.clipper, self.optimizer.param_groups)
 
 
