@@ -19,6 +19,7 @@ COMMANDS = {
     "instability": "benchmarks.instability",
     "regret": "benchmarks.regret",
     "defaults": "benchmarks.defaults",
+    "readme": "benchmarks.readme",
     "overhead": "benchmarks.overhead",
     "gpu": "benchmarks.gpu",
     "train": "benchmarks.train",

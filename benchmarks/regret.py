@@ -110,10 +110,8 @@ def tables(rows: Sequence[Row]) -> tuple[str, ...]:
     """The methods over all workloads, their regret on each, and the measures themselves."""
     workloads = by_workload(rows)
     best = {name: best_fixed(methods) for name, methods in workloads.items()}
-    regrets = {name: regrets_on(methods, best[name]) for name, methods in workloads.items()}
+    whole, regrets = compared(rows)
     conditions = dict.fromkeys(row["condition"] for row in rows)
-    tried = [name for name in FIXED if any(name in methods for methods in workloads.values())]
-    whole = {name: methods for name, methods in workloads.items() if methods.keys() >= set(tried)}
     return (
         f"Over the {len(whole)} workloads that every threshold was run on:",
         markdown([summary_line(name, whole, regrets) for name in dict.fromkeys(row["method"] for row in rows)]),
@@ -128,6 +126,14 @@ def tables(rows: Sequence[Row]) -> tuple[str, ...]:
         "Measure, mean ± standard deviation over the seeds (in brackets the ordinary norm without clipping):",
         markdown(measure_lines(rows, workloads)),
     )
+
+
+def compared(rows: Sequence[Row]) -> tuple[dict[str, dict[str, Row]], dict[str, dict[str, Difference]]]:
+    """The workloads that every threshold was run on, and the regret of each method on every workload."""
+    workloads = by_workload(rows)
+    tried = [name for name in FIXED if any(name in methods for methods in workloads.values())]
+    whole = {name: methods for name, methods in workloads.items() if methods.keys() >= set(tried)}
+    return whole, {name: regrets_on(methods, best_fixed(methods)) for name, methods in workloads.items()}
 
 
 def best_fixed(methods: Mapping[str, Row]) -> str:

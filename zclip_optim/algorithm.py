@@ -10,6 +10,18 @@ norm of their own (DeepSpeed and Megatron report one):
 >>> decision.is_spike, round(decision.clipped_norm, 3)
 (True, 1.108)
 
+The paper beside the names here; with `lookback`, `alpha_down`, `z_skip` and `patience`, which are not in it, left at
+None, the code is the paper line by line:
+
+    g_t                                        grad_norm     L2 norm of all gradients, in float32 or wider
+    mu, sigma^2                                mean, std^2   exact over the first `warmup_steps` norms, then as below
+    z_t = (g_t - mu) / (sigma + eps mu)        z_score       a spike is z_t > z_thresh
+    mu + clip_factor (z_thresh^2 / z_t) sigma  threshold     what a spike is clipped to, with "adaptive_scaling"
+    g*_t                                       clipped_norm  the threshold on a spike, else g_t; then `max_grad_norm`
+    g*_t / g_t                                 clip_coef     multiplies every gradient; on other steps 1, no bit changed
+    mu <- alpha mu + (1 - alpha) g*_t                        without the cap of `max_grad_norm`
+    sigma^2 <- alpha sigma^2 + (1 - alpha) (g*_t - mu)^2     with the new mu
+
 The same lines run on Python floats and on tensors: instead of a branch both sides are computed and selected from, so
 that on an accelerator the host never reads a value back. Branches depend on the configuration, or leave out what the
 flag of a number, which is True or False and no tensor, says will not be selected.

@@ -8,7 +8,7 @@ by the names of their classes, so that no package is imported for it, also where
 import difflib
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -107,6 +107,13 @@ FOREIGN = (
     ),
 )
 
+CLASS_ASKED_FOR = (
+    ": it takes an optimizer, made with arguments of its own. Where a class is asked for, to be called with parameters "
+    "and such arguments, pass one like\n\n"
+    "    class ClippedAdamW(ZClipOptimizer):\n"
+    "        def __init__(self, params, **options):\n"
+    "            super().__init__(torch.optim.AdamW(params, **options))"
+)
 UPDATES = {  # methods of known optimizers that update parameters, all or one, and are not step()
     "fused_backward",  # LOMO's and AdaLOMO's, which use the gradients up within backward
     "fused_back_pass",
@@ -125,10 +132,7 @@ def check_base_optimizer(base_optimizer: Any, wrapper: type) -> None:
         ValueError: it is differentiable.
     """
     if isinstance(base_optimizer, type):
-        raise TypeError(
-            f"base_optimizer must be an optimizer instance, got the class {base_optimizer.__name__}; "
-            f"write ZClipOptimizer({base_optimizer.__name__}(model.parameters(), ...))"
-        )
+        raise _class_given(base_optimizer)
     for optimizer in with_those_inside(base_optimizer):
         reason = _why_not(optimizer, wrapper)
         if reason:
@@ -160,7 +164,10 @@ def _instead_of(thing: Any) -> str:
             "ZClipOptimizer([first, second])"
         )
     if isinstance(thing, (Tensor, Module, Iterator)):
-        return ": write ZClipOptimizer(torch.optim.AdamW(model.parameters(), ...))"
+        or_not = "; or clip without a wrapper, clipper = zclip_optim.ZClip(), then clipper.step(model)"
+        return (
+            f": write ZClipOptimizer(torch.optim.AdamW(model.parameters(), lr=...)){or_not * isinstance(thing, Module)}"
+        )
     return ""
 
 
@@ -198,24 +205,32 @@ def _is_active_scaler(value: Any) -> bool:
     return bool(is_enabled()) if callable(is_enabled) else True
 
 
-def refuse_unexpected(names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse keyword arguments that are none of ZClip's, such as those of the optimizer to wrap.
-
-    Raises:
-        TypeError: there are such arguments; shows what to pass where a class is asked for.
-    """
-    known = list(known)
+def refuse_unexpected(taker: str, names: Iterable[str], known: Collection[str], else_say: str | None = None) -> None:
+    """Raise TypeError for keyword arguments that `taker` does not take: what was meant, if that can be guessed."""
     for name in names:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-        if close:
-            raise TypeError(f"ZClipOptimizer got an unexpected keyword argument {name!r}; did you mean {close[0]!r}?")
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.75) or [k for k in known if k.startswith(name)]
+        guess = f"; did you mean {' or '.join(map(repr, close))}?" if close else None
+        hint = guess or else_say or f": it has {', '.join(known)}"
+        raise TypeError(f"{taker} got an unexpected keyword argument {name!r}{hint}")
+
+
+def refuse_inner_arguments(base: Any, more: Collection[Any], names: Collection[str], known: Collection[str]) -> None:
+    """Raise TypeError for arguments of a ZClipOptimizer that the optimizer in it should have got, named or not."""
+    if isinstance(base, type):
+        raise _class_given(base, ", ".join(f"{name}=..." for name in names))
+    if more:
         raise TypeError(
-            f"ZClipOptimizer got an unexpected keyword argument {name!r}: it takes an optimizer, made with arguments "
-            "of its own. Where a class is asked for, to be called with parameters and such arguments, pass one like\n\n"
-            "    class ClippedAdamW(ZClipOptimizer):\n"
-            "        def __init__(self, params, **options):\n"
-            "            super().__init__(torch.optim.AdamW(params, **options))"
+            f"ZClipOptimizer got {1 + len(more)} arguments without a name: it takes one, an optimizer or a list of "
+            "them, ZClipOptimizer([first, second]). Options have names: z_thresh=3.0"
         )
+    refuse_unexpected("ZClipOptimizer", names, known, CLASS_ASKED_FOR)
+
+
+def _class_given(cls: type, inner: str = "") -> TypeError:
+    return TypeError(
+        f"base_optimizer must be an optimizer instance, got the class {cls.__name__}; "
+        f"write ZClipOptimizer({cls.__name__}(model.parameters(), {inner or '...'}))"
+    )
 
 
 def refuse_unclipped_update(name: str, value: Any) -> None:

@@ -1,6 +1,7 @@
 """ZClip: measure, decide, apply; state in and out."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zclip_optim.algorithm import Scalar, ZClipConfig
-from zclip_optim.checks import refuse_unless_count
+from zclip_optim.checks import refuse_unexpected, refuse_unless_count
 from zclip_optim.fused import Kernels, KernelScaler
 from zclip_optim.gradients import Gradients, ParamGroups, ReportedNorm, Scaler
 from zclip_optim.health import must_stop, nonfinite_error
@@ -30,6 +31,18 @@ class ZClip:
 
     Args:
         **options: the keyword arguments of `ZClipOptimizer`, with the same meaning, defaults and errors.
+
+    Who comes from the package `zclip` 1.0.0 of PyPI replaces its import by ``from zclip_optim import ZClip``, keeps
+    ``clipper.step(model)``, and leaves out the step where `step_was_skipped`; the argument names are the same. With
+    ``max_grad_norm=1.0`` and ``clip_factor=1`` the run is the same. What differs:
+
+    - `max_grad_norm` is None, not 1.0, which is fixed clipping of every model whose norms exceed 1;
+    - `clip_factor` multiplies the sigma term, not the whole threshold: with mu = 10, sigma = 0.1 and 0.5 a norm of 10.3
+      became 5.1, while 10.2 passed;
+    - `eps` is relative to mu: with norms near 1e-7 a tenfold spike was never seen;
+    - norms are in float32 or wider, not in the dtype of the first parameter: float16 overflows at 512;
+    - NaN, infinity and 0 never enter the statistics, which one NaN disabled for ever;
+    - the statistics can be saved, and norms are those of all ranks on any mesh.
 
     On an accelerator the statistics stay there: a step reads nothing back but one flag, if steps may be skipped.
     Reading `metrics`, `step_was_skipped` or `state_dict()` waits for the device, once per step, and `step` does because
@@ -55,6 +68,8 @@ class ZClip:
     """
 
     def __init__(self, *, process_group: ProcessGroups = None, **options: Any) -> None:
+        known = [field.name for field in dataclasses.fields(ZClipConfig)]
+        refuse_unexpected("ZClip", [name for name in options if name not in known], [*known, "process_group"])
         self.config = ZClipConfig(**options)
         self._process_groups = as_groups(process_group)
         self._records = Records(self.config)

@@ -30,7 +30,21 @@ HIDDEN = (
 
 
 class ZClipWarning(UserWarning):
-    """Something about the gradients or the settings makes adaptive clipping less useful than it could be."""
+    """Something about the gradients or the settings makes adaptive clipping less useful than it could be.
+
+    Each kind is given once per run; a `load_state_dict` begins another one. Kinds:
+
+    - more than a fifth of 200 steps or more were spikes; it names the parameters with the largest norms;
+    - the norms of the warm-up differed by more than their mean, which blinds the test for hundreds of steps;
+    - `patience` has run out, and the statistics begin to rise;
+    - every norm of the warm-up, or a fifth of 200, was equal to the largest: something else clips before;
+    - half of `max_consecutive_nonfinite` steps in a row were not finite;
+    - no parameter had a gradient at 20 steps in a row;
+    - a closure was not called;
+    - the statistics in the param groups at construction were not whole, or do not get into the state dict;
+    - a `ZClip` was given several sets of parameters in turn, or an iterator that is gone through;
+    - in trainers: the trainer's own clipping is on, or an optimizer was never asked to step.
+    """
 
 
 class NonFiniteGradientError(FloatingPointError):

@@ -15,9 +15,9 @@ from zclip_optim.checks import (
     most_dimensions,
     refuse_flat_shards,
     refuse_foreign_gradients,
+    refuse_inner_arguments,
     refuse_parameters_of_others,
     refuse_unclipped_update,
-    refuse_unexpected,
     refuse_unknown_shards,
 )
 from zclip_optim.clipper import ZClip
@@ -127,7 +127,7 @@ class ZClipOptimizer(Optimizer):
     def __init__(
         self,
         base_optimizer: Optimizer | Sequence[Optimizer],
-        *,
+        *more: NoReturn,
         alpha: float = 0.97,
         z_thresh: float = 2.5,
         mode: str = "zscore",
@@ -148,8 +148,8 @@ class ZClipOptimizer(Optimizer):
         process_group: ProcessGroups = None,
         **unexpected: NoReturn,
     ) -> None:
-        options = {k: v for k, v in locals().items() if k not in ("self", "base_optimizer", "unexpected")}
-        refuse_unexpected(unexpected, options)
+        options = {k: v for k, v in locals().items() if k not in ("self", "base_optimizer", "more", "unexpected")}
+        refuse_inner_arguments(base_optimizer, more, unexpected, options)
         parts: list[Any] = list(base_optimizer) if is_list(base_optimizer) else [base_optimizer]
         for part in parts:
             check_base_optimizer(part, ZClipOptimizer)

@@ -328,8 +328,8 @@ def _drawable(values: Sequence[float]) -> list[float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m zclip_optim.plotting", description=plot_history.__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    description, _, _ = (plot_history.__doc__ or "").partition("Args:")
+    parser = argparse.ArgumentParser(prog="python -m zclip_optim.plotting", description=description.strip())
     parser.add_argument("metrics", help="CSV, JSON-lines or trainer_state.json")
     parser.add_argument("-o", "--out", default="zclip.png", help="figure to write (default: %(default)s)")
     options = parser.parse_args(arguments)

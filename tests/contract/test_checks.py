@@ -13,6 +13,7 @@ from training import backward, make_model, set_gradients, train
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from zclip_optim import ZClip, ZClipOptimizer
+from zclip_optim.integrations.lightning import ZClipCallback
 
 
 def sgd(**options):
@@ -104,9 +105,31 @@ class TestWhatToWrite:
 
     def test_parameters(self):
         model = make_model()
-        for thing in (model, model.parameters(), list(model.parameters()), next(model.parameters())):
+        for thing in (model.parameters(), list(model.parameters()), next(model.parameters())):
             with pytest.raises(TypeError, match=r"has no .*: write ZClipOptimizer\(torch\.optim\.AdamW\(model\.par"):
                 ZClipOptimizer(thing)
+
+    def test_a_model(self):
+        says = r"got Sequential, which has no .*: write ZClipOptimizer\(torch\.optim\.AdamW\(.*clipper\.step\(model\)$"
+        with pytest.raises(TypeError, match=says):
+            ZClipOptimizer(make_model())
+
+    def test_a_class_and_what_it_is_made_with(self):
+        for arguments in ((make_model().parameters(),), ()):
+            says = (
+                r"got the class AdamW; write ZClipOptimizer\(AdamW\(model\.parameters\(\), lr=\.\.\., betas=\.\.\.\)\)$"
+            )
+            with pytest.raises(TypeError, match=says):
+                ZClipOptimizer(torch.optim.AdamW, *arguments, lr=1e-3, betas=(0.9, 0.95))
+        with pytest.raises(TypeError, match=r"write ZClipOptimizer\(AdamW\(model\.parameters\(\), \.\.\.\)\)$"):
+            ZClipOptimizer(torch.optim.AdamW, make_model().parameters())
+
+    def test_more_than_one_argument_without_a_name(self):
+        for more in (sgd(), 2.5):
+            with pytest.raises(
+                TypeError, match=r"got 2 arguments without a name: .*\(\[first, second\]\).* z_thresh=3\.0"
+            ):
+                ZClipOptimizer(sgd(), more)
 
     def test_param_groups_as_torchrls_group_optimizers_passes_them(self):
         def group_optimizers(*optimizers):
@@ -245,9 +268,23 @@ class TestArguments:
         optimizer.step()
         assert optimizer.metrics.step == 1
 
-    def test_a_misspelt_one(self):
-        with pytest.raises(TypeError, match=r"unexpected keyword argument 'z_treshold'; did you mean 'z_thresh'\?"):
-            ZClipOptimizer(sgd(), z_treshold=3.0)
+    @pytest.mark.parametrize(
+        ("name", "meant"),
+        [
+            ("z_treshold", "'z_thresh'"),
+            ("warmup", "'warmup_steps'"),
+            ("max_norm", "'max_grad_norm'"),
+            ("clip", "'clip_option' or 'clip_factor'"),
+        ],
+    )
+    @pytest.mark.parametrize("make", [lambda **options: ZClipOptimizer(sgd(), **options), ZClip, ZClipCallback])
+    def test_one_that_is_not_quite_right(self, make, name, meant):
+        with pytest.raises(TypeError, match=rf"unexpected keyword argument '{name}'; did you mean {meant}\?"):
+            make(**{name: 3.0})
+
+    def test_one_of_the_engine_that_is_none_of_its_options(self):
+        with pytest.raises(TypeError, match=r"ZClip got an unexpected keyword argument 'lr': it has alpha, z_thresh, "):
+            ZClip(lr=1e-3)
 
 
 class TestUpdatesWithoutStep:

@@ -2,16 +2,17 @@
 
 import os
 import re
-from pathlib import Path
 
 import torch
+from readme import block
 from training import make_model, train
 
 from zclip_optim import ZClipOptimizer
 
 STEPS, OUTLIERS = 300, (60, 150, 151, 240)
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf8")
-SAVE, REPLACE = re.search(r"`(torch\.save\(.*?\))`, then\s+`(os\.replace\(.*?\))`", README).groups()
+SAVE, CHECKPOINT, RESUME = re.fullmatch(
+    r'.*?(torch\.save\(.*?os\.replace\("last\.pt\.tmp", "(last\.pt)"\).*?\n)(.*)', block("torch.save("), flags=re.DOTALL
+).groups()
 
 
 def make():
@@ -21,12 +22,15 @@ def make():
     return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
 
 
-def load(parts, path):
+def recipe(code, parts):
+    """Do it with these parts, in the folder where the process is."""
+    exec(code, dict(zip(("model", "optimizer", "scheduler"), parts, strict=True)) | {"torch": torch, "os": os})
+
+
+def load(parts):
     """Restore the parts; the number of steps done."""
-    checkpoint = torch.load(path, weights_only=True)
-    for part, state in zip(parts, checkpoint["parts"], strict=True):
-        part.load_state_dict(state)
-    return checkpoint["step"]
+    recipe(RESUME, parts)
+    return parts[2].last_epoch
 
 
 def run(parts, done, after_step=lambda step: None):
@@ -38,14 +42,14 @@ def run(parts, done, after_step=lambda step: None):
         after_step(step + 1)
 
 
-def training_process(path, progress):
-    """Resume from `path` if it is there, and go on; every checkpoint is told to `progress`."""
+def training_process(folder, progress):
+    """Resume from the checkpoint in `folder` if there is one, and go on; every checkpoint is told to `progress`."""
+    os.chdir(folder)
     torch.set_num_threads(1)
     parts = make()
 
     def checkpoint(step):
-        state = {"step": step, "parts": [part.state_dict() for part in parts]}
-        exec(f"{SAVE}; {REPLACE}", {"torch": torch, "os": os, "checkpoint": state, "path": path})
+        recipe(SAVE, parts)
         progress.send(step)
 
-    run(parts, load(parts, path) if os.path.exists(path) else 0, checkpoint)
+    run(parts, load(parts) if os.path.exists(CHECKPOINT) else 0, checkpoint)

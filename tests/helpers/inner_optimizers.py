@@ -1,4 +1,9 @@
-"""One table of inner optimizers: how each is built, what it needs, and what it cannot do even without the wrapper."""
+"""One table of inner optimizers: how each is built, what it needs, and what it cannot do even without the wrapper.
+
+All of `torch.optim`, `torch_optimizer`, `pytorch_optimizer` and `schedulefree` that run bare, in some configurations.
+The tests hold each of them to the same contracts: unclipped bit for bit the bare one, clipping before the step, resume,
+schedulers, copies.
+"""
 
 import inspect
 from collections.abc import Callable

@@ -1,10 +1,13 @@
-"""The README and its examples."""
+"""The README, the page on loggers, trainers and stacks, and their examples."""
 
 import re
 from pathlib import Path
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[2]
+README, PAGE = (
+    (ROOT / name).read_text(encoding="utf8") for name in ("README.md", "zclip_optim/integrations/README.md")
+)
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README + PAGE, flags=re.DOTALL | re.MULTILINE)
 
 
 def block(text):

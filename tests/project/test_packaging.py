@@ -21,14 +21,16 @@ README = (ROOT / "README.md").read_text(encoding="utf8")
 CI = (ROOT / ".ci" / "run").read_text(encoding="utf8")
 VERSIONS = (ROOT / ".ci" / "versions").read_text(encoding="utf8")
 DESCRIPTION = (ROOT / "DESCRIPTION.md").read_text(encoding="utf8")
+VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 RELATIVE_LINK = r"\[[^\]]*\]\((?!https://)[^)]*\)"
+REFERENCE = r" \(\[\w+\]\)"
 EXTRAS = ["lightning", "accelerate", "transformers", "matplotlib", "tensorboard", "tqdm", "zclip", "torch_optimizer"]
 
 
 def arguments():
     """Of ZClipOptimizer, with their defaults; what is left over is only there to be refused."""
     parameters = inspect.signature(zclip_optim.ZClipOptimizer).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    return {p.name: p.default for p in parameters if p.kind not in VARIADIC}
 
 
 def setup_cfg():
@@ -125,7 +127,7 @@ def test_every_argument_is_in_the_readme_with_its_default():
 
 @needs_muon
 def test_readme_counts_the_optimizers_that_are_tested():
-    assert f"the tests hold {len(CASES)} configurations of inner optimizers" in README
+    assert f"{len(CASES)} configurations of optimizers are tested." in README
 
 
 def test_all_public_names_are_documented():
@@ -135,7 +137,7 @@ def test_all_public_names_are_documented():
 
 def test_the_page_on_an_index_is_part_of_the_readme():
     """All but its last paragraph; a link into the repository, which leads nowhere from there, is left out."""
-    readme = re.sub(rf" \({RELATIVE_LINK}\)|, {RELATIVE_LINK}", "", README).strip().split("\n\n")
+    readme = re.sub(rf" \({RELATIVE_LINK}\)|, {RELATIVE_LINK}|{REFERENCE}", "", README).strip().split("\n\n")
     *parts, _ = DESCRIPTION.split("\n\n")
     assert [part for part in parts if part not in readme] == []
 
@@ -144,7 +146,7 @@ def test_the_page_on_an_index_has_no_relative_links():
     assert setup_cfg()["metadata"]["long_description"] == "file: DESCRIPTION.md"
     assert re.findall(RELATIVE_LINK, "![loss](benchmarks/loss.png)") == ["[loss](benchmarks/loss.png)"]
     assert re.findall(RELATIVE_LINK, DESCRIPTION) == []
-    assert re.findall(r"^\[[^\]]*\]:|<\w+ [^>]*(?:src|href)=", DESCRIPTION, flags=re.MULTILINE) == []
+    assert re.findall(rf"^\[[^\]]*\]:|<\w+ [^>]*(?:src|href)=|{REFERENCE}", DESCRIPTION, flags=re.MULTILINE) == []
 
 
 def test_project_urls_begin_with_the_homepage():
@@ -165,6 +167,14 @@ def test_the_oldest_python_is_the_same_everywhere():
     assert re.search(r"vermin .*--target=3\.10- zclip_optim$", CI, flags=re.MULTILINE)
     assert "It needs Python 3.10 and PyTorch 2.6 or newer" in README
     assert re.search(r'^versions=\("3\.10 2\.6\.0" ', VERSIONS, flags=re.MULTILINE)
+
+
+def test_the_readme_names_the_version_and_what_it_was_tested_with():
+    assert f"> **Status: {zclip_optim.__version__}, " in README
+    (versions,) = re.findall(r"^versions=\((.*)\)$", VERSIONS, flags=re.MULTILINE)
+    (oldest, newest), (usual,) = re.findall(r'"(\S+) (\S+)"', versions), re.findall(r"torch==(\S+)", CI)
+    named = re.findall(r"(3\.\d+) with (?:torch )?(\S+\d)", README)
+    assert (named[0], named[1][1], named[2]) == (oldest, usual, newest)
 
 
 def test_the_changelog_begins_with_what_is_to_come_or_with_this_version():

@@ -6,8 +6,8 @@ It serves `lightning` and `pytorch_lightning`, whichever is installed.
 import warnings
 from typing import Any
 
-from zclip_optim.algorithm import ZClipConfig
 from zclip_optim.checks import refuse_unless_count
+from zclip_optim.clipper import ZClip
 from zclip_optim.health import WITHOUT_GRADIENTS, ZClipWarning
 from zclip_optim.integrations import ShareLog, metrics_to_log, missing_extra
 from zclip_optim.optimizer import ZClipOptimizer
@@ -60,7 +60,7 @@ class ZClipCallback(Callback):
 
     def __init__(self, *, log_parameters: int | None = None, **options: Any) -> None:
         refuse_unless_count("log_parameters", log_parameters)
-        ZClipConfig(**{name: value for name, value in options.items() if name != "process_group"})
+        ZClip(**options)  # refuses what is out of range
         self.options = options
         self.log_parameters = log_parameters
         self._shares: list[ShareLog] = []
