@@ -1,6 +1,7 @@
 """The README and the page on loggers, trainers and stacks: their form, their links, and their examples as printed."""
 
 import csv
+import dataclasses
 import os
 import re
 import subprocess
@@ -18,7 +19,8 @@ from torch.utils.tensorboard import SummaryWriter
 from training import make_batch, make_model, parameters, set_gradients
 from versions import needs_muon
 
-from zclip_optim import ZClip, ZClipOptimizer
+from zclip_optim import ClipMetrics, ZClip, ZClipOptimizer
+from zclip_optim.integrations import LOGGED
 from zclip_optim.plotting import main, plot_history, plot_norms_by_parameter
 
 STEPS = 60
@@ -58,6 +60,14 @@ def test_links_resolve(name):
 def test_references_are_defined_and_used():
     defined = set(re.findall(r"^\[([^\]]+)\]: ", README, flags=re.MULTILINE))
     assert defined == set(re.findall(r"\(\[(\w+)\]\)", README))
+
+
+def test_the_page_has_every_key_and_says_which_are_not_logged():
+    rows = PAGE.partition("| key, after `zclip/` | meaning |")[2].partition("\n\n")[0].splitlines()[2:]
+    keys = [key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(keys) == sorted(field.name for field in dataclasses.fields(ClipMetrics))
+    (left_out,) = re.findall(r"log\s+all\s+keys\s+but\s(.*?)\.$", PAGE, flags=re.DOTALL | re.MULTILINE)
+    assert set(LOGGED) == set(keys) - set(re.findall(r"`(\w+)`", left_out))
 
 
 def ingredients(**others):
