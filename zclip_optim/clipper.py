@@ -202,7 +202,7 @@ class ZClip:
     def _metrics_for(self, reader: str) -> list[ClipMetrics]:
         """The metrics of each scope, with the interval of this reader, which ends here."""
         pairs = self._records.read_for(reader)
-        return [ClipMetrics.of(record, interval, self.config.warmup_steps) for record, interval in pairs]
+        return [ClipMetrics.of(record, self.config.warmup_steps, interval) for record, interval in pairs]
 
     def norms_by_parameter(self, model_or_parameters: Parameters, limit: int | None = 10) -> list[ParameterNorm]:
         """As `ZClipOptimizer.norms_by_parameter`, of what `step` takes; those of a module have its names."""

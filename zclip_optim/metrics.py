@@ -86,8 +86,9 @@ class ClipMetrics:
     interval_skips: int = field(compare=False)
 
     @classmethod
-    def of(cls, record: StepRecord, interval: Interval, warmup_steps: int) -> "ClipMetrics":
-        """Of one scope."""
+    def of(cls, record: StepRecord, warmup_steps: int, interval: Interval | None = None) -> "ClipMetrics":
+        """Of one scope; None: with the interval of the record itself."""
+        interval = interval or record.interval
         decision, stats = record.decision, record.decision.stats
         steps = stats.step - warmup_steps  # fewer than the spikes, if it was resumed with a longer warm-up
         return cls(

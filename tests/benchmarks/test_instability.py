@@ -104,9 +104,10 @@ def test_instability_in_short(in_short, tmp_path, monkeypatch, capsys):
 
 
 def falling(steps=500, spike=None):
-    """A run whose loss and norm fall, but for a spike."""
+    """A run whose loss and norm fall, but for a spike of five steps."""
     losses = np.geomspace(1, 1e-3, steps, dtype=np.float32)
-    losses[slice(spike, None if spike is None else spike + 5)] *= 1 if spike is None else 100
+    if spike is not None:
+        losses[spike : spike + 5] *= 100
     return {"losses": losses, "grad_norms": 10 * losses}
 
 

@@ -41,7 +41,7 @@ def replay(norms: Iterable[float], **options: Any) -> list[ClipMetrics]:
         [1.0]
     """
     config = ZClipConfig(**options)
-    return [ClipMetrics.of(record, record.interval, config.warmup_steps) for record in step_records(norms, config)]
+    return [ClipMetrics.of(record, config.warmup_steps) for record in step_records(norms, config)]
 
 
 def step_records(norms: Iterable[float], config: ZClipConfig) -> Iterator[StepRecord]:

@@ -104,7 +104,7 @@ def replay_as_watched(norms: Sequence[float], config: ZClipConfig) -> Replayed:
         warnings.simplefilter("always")
         for index, record in enumerate(step_records(norms, config)):
             health.check([record])
-            metrics.append(ClipMetrics.of(record, record.interval, config.warmup_steps))
+            metrics.append(ClipMetrics.of(record, config.warmup_steps))
             stop = index if stop is None and must_stop(record, config) else stop
     return Replayed(metrics, [str(each.message) for each in caught], stop)
 
