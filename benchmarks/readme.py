@@ -198,7 +198,7 @@ def of_regret(rows: Sequence[Row]) -> list[Claim]:
             f"The {len(in_nats)} workloads are",
             f"within {math.ceil(1e3 * gap) / 1e3:.3f} nats of what you have on {len(text)} of {len(text)} of those",
             f"{verdict}that cap moves the loss of a small ViT by {cap.mean:+.2f} ± {cap.error:.2f} nats",
-            f"CartPole takes it {times:.2f} times the episodes of clipping at 1.0",
+            f"CartPole takes it {times:.2f} times the episodes of 1.0",
         )
     ]
 

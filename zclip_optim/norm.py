@@ -14,14 +14,16 @@ from torch._C._nn import flatten_dense_tensors
 # How much is measured in one go. torch accumulates a norm in float32 with a few running sums, whose last digits drift:
 # by 1e-3 over 25 M equal elements. Short norms, summed in float64, do not; but calls are what small gradients cost. So
 # tiny ones are copied into one tensor, a batch at a time; small ones, and few, are measured by one call without a copy;
-# large ones by rows, nearly as fast as a plain read; and large ones of 16 bits are copied into a buffer in float32.
-# Relative errors of the norm of one tensor, measured: random elements (their fifth powers), equal ones, the worst that
-# was contrived. Right for clipping are 1e-6 on gradients as they are and 1e-4 on the worst.
-# 16,384 in one go: 2e-7 (9e-7), 1e-5, 6e-5      32,768: 3e-7 (1e-6), 2e-5, 1e-4      rows: 1e-9, 5e-7, 2e-6
+# medium ones by rows as long as these; large ones by short rows, nearly as fast as a plain read; and large ones of 16
+# bits are copied into a buffer in float32. Right for clipping are 1e-6 on gradients as they are and 1e-4 on the worst
+# that can be contrived. Measured, relative errors of the norm of one tensor: random elements, their cubes, equal ones,
+# the worst that was contrived.
+#   16,384 in one go: 3e-7, 8e-7, 1e-5, 6e-5       32,768: 5e-7, 1e-6, 2e-5, 1e-4       short rows: 1e-9, -, 5e-7, 2e-6
 # constant             unit                 a larger one is
 ROW = 2**9  #          elements of a row    no faster, less exact
 TINY = 2**10  #        elements, a tensor   more copies, fewer calls
-SMALL = 2**14  #       elements, a tensor   faster, less exact
+SMALL = 2**14  #       elements, a tensor   faster, less exact; and of a row, while there are few
+MEDIUM = 2**18  #      elements, a tensor   fewer calls, less exact
 FEW = 8  #             tensors              faster up to some ten: a call for all, no copy
 BATCH = 2**18  #       elements, a batch    more memory, fewer calls
 CHUNK = 2**20  #       elements, a copy     more memory, fewer calls
@@ -112,6 +114,7 @@ def stored_values(gradient: Tensor) -> Tensor:
 
 
 def _sum_of_squares(gradients: list[Tensor]) -> float:
+    tiny = TINY if len(gradients) > FEW else 0
     total = 0.0
     small: list[Tensor] = []
     halves: list[Tensor] = []
@@ -121,11 +124,17 @@ def _sum_of_squares(gradients: list[Tensor]) -> float:
         if size > SMALL:
             if not (g.is_cpu and is_ordinary(g) and g.is_contiguous()) or g.dtype is torch.float64:
                 total += _sum_over(g)
-            elif g.dtype is torch.float32:
-                total += _sum_over_rows(g) if size <= LONG else _sum_over(g)
-            else:
+            elif g.dtype is not torch.float32:
                 halves.append(g)
-        elif size > TINY and g.dtype is torch.float32:
+            elif size <= MEDIUM:
+                flat, whole = g.view(-1), size - size % SMALL
+                rows = math.hypot(*torch.linalg.vector_norm(flat[:whole].view(-1, SMALL), 2, 1).tolist())
+                total += rows * rows
+                if whole < size:
+                    small.append(flat[whole:])
+            else:
+                total += _sum_over_rows(g) if size <= LONG else _sum_over(g)
+        elif size > tiny and g.dtype is torch.float32:
             small.append(g)
         else:
             if size > room:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from zclip_optim.gradients import collect_gradients, describe_nonfinite, scale_gradients_
-from zclip_optim.norm import CHUNK, FEW, SMALL, gradient_norm
+from zclip_optim.norm import CHUNK, FEW, MEDIUM, SMALL, gradient_norm
 
 
 def exact_norm(gradients):
@@ -24,6 +24,7 @@ GRADIENTS = {
     "small": lambda: [torch.randn(4, 5), torch.randn(7)],
     "a scalar": lambda: [torch.randn(())],
     "empty beside full": lambda: [torch.randn(0, 3), torch.randn(3)],
+    "medium": lambda: [torch.randn(SMALL + 1), torch.randn(3 * SMALL), torch.randn(MEDIUM - 1), torch.randn(5)],
     "large": lambda: [torch.randn(3, CHUNK // 2 + 1)],
     "large and small": lambda: [torch.randn(2 * CHUNK + 5), torch.randn(3), torch.randn(CHUNK)],
     "all equal": lambda: [torch.full((CHUNK + 10,), 1.2345), torch.full((SMALL,), 0.777)],
