@@ -127,11 +127,7 @@ def _sum_of_squares(gradients: list[Tensor]) -> float:
             elif g.dtype is not torch.float32:
                 halves.append(g)
             elif size <= MEDIUM:
-                flat, whole = g.view(-1), size - size % SMALL
-                rows = math.hypot(*torch.linalg.vector_norm(flat[:whole].view(-1, SMALL), 2, 1).tolist())
-                total += rows * rows
-                if whole < size:
-                    small.append(flat[whole:])
+                total += _sum_over_long_rows(g.view(-1), small)
             else:
                 total += _sum_over_rows(g) if size <= LONG else _sum_over(g)
         elif size > tiny and g.dtype is torch.float32:
@@ -155,6 +151,15 @@ def _norm_of_small(gradients: list[Tensor]) -> float:
         return math.hypot(*map(Tensor.item, torch._foreach_norm(gradients)))
     except RuntimeError:  # some are sparse or nested
         return math.sqrt(sum([_sum_over(g) for g in gradients]))
+
+
+def _sum_over_long_rows(values: Tensor, small: list[Tensor]) -> float:
+    """Of a medium tensor, by rows as long as a small one; what is left over is put there."""
+    whole = len(values) - len(values) % SMALL
+    norm = math.hypot(*torch.linalg.vector_norm(values[:whole].view(-1, SMALL), 2, 1).tolist())
+    if whole < len(values):
+        small.append(values[whole:])
+    return norm * norm
 
 
 def _sum_over_batch(batch: list[Tensor]) -> float:
