@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -24,6 +26,7 @@ STEP_KEYS = (  # the last two are W&B's
     "Step",
     "_step",
 )
+KINDS = "a log is a CSV file with a header, JSON-lines, or the trainer_state.json of a Trainer"
 LISTED = 20  # columns that an error names
 
 
@@ -32,7 +35,8 @@ class NormLog(NamedTuple):
 
     column: where they stood. norms: in gradient-norm units, >= 0; NaN or infinite where the log says so. steps: of each
     norm. has_steps: whether they were logged; else norms are counted, from 1 on. rows_without: rows that tell of other
-    things. nulls: norms that were JSON's null, which strict JSON has for NaN.
+    things. nulls: norms that were JSON's null, which strict JSON has for NaN. interval_max_norm: the largest that was
+    logged of the steps between two rows; NaN if none was.
     """
 
     column: str
@@ -41,6 +45,13 @@ class NormLog(NamedTuple):
     has_steps: bool
     rows_without: int
     nulls: int
+    interval_max_norm: float = math.nan
+
+    @property
+    def interval(self) -> float:
+        """Steps from one row to the next, most often; 1 where they were not logged."""
+        differences = [after - before for before, after in itertools.pairwise(self.steps) if after > before]
+        return statistics.median_low(differences or [1.0]) if self.has_steps else 1.0
 
 
 def read_records(path: str | PathLike[str]) -> list[Record]:
@@ -134,12 +145,13 @@ def read_norms(path: str | PathLike[str], column: str | None = None) -> NormLog:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "metrics.csv"
         >>> _ = path.write_text("step,train/grad_norm,val_loss\\n10,0.5,\\n10,,2.1\\n20,nan,\\n")
-        >>> read_norms(path)
-        NormLog(column='train/grad_norm', norms=[0.5, nan], steps=[10.0, 20.0], has_steps=True, rows_without=1, nulls=0)
+        >>> read_norms(path)  # doctest: +NORMALIZE_WHITESPACE
+        NormLog(column='train/grad_norm', norms=[0.5, nan], steps=[10.0, 20.0], has_steps=True, rows_without=1, nulls=0,
+            interval_max_norm=nan)
     """
     records = read_records(path)
     if not records:
-        raise ValueError(f"{path} has no rows")
+        raise ValueError(f"{path} has no rows: {KINDS}")
     column = _find_column(records, column, path)
     found = [(record, _norm_in(record, column, f"row {i} of {path}")) for i, record in enumerate(records, 1)]
     rows = [record for record, norm in found if norm is not None]
@@ -149,6 +161,7 @@ def read_norms(path: str | PathLike[str], column: str | None = None) -> NormLog:
     prefix = column.removesuffix(NORM)
     steps = [step for row in rows if (step := logged_step(row, prefix)) is not None]
     has_steps = len(steps) == len(norms)
+    between = [norm for row in rows if (norm := as_number(row.get(f"{prefix}interval_max_norm"))) is not None]
     return NormLog(
         column=column,
         norms=norms,
@@ -156,6 +169,7 @@ def read_norms(path: str | PathLike[str], column: str | None = None) -> NormLog:
         has_steps=has_steps,
         rows_without=len(records) - len(norms),
         nulls=sum(column in row and row[column] is None for row in rows),
+        interval_max_norm=max(filter(math.isfinite, between), default=math.nan),
     )
 
 

@@ -237,6 +237,30 @@ class TestCommand:
         assert "ends locked in  yes: the last 110 norms are spikes\n" in text
         assert "Training would have warned (steps are finite norms seen):\n- 100 of the last 200 steps" in text
 
+    def test_rows_that_are_steps_apart_are_not_taken_for_steps_that_training_would_have_warned_of(
+        self, tmp_path, capsys
+    ):
+        norms = [1 + 0.1 * (i % 3) for i in range(100)] + [30.0 + i for i in range(110)]
+        every_tenth = [{"step": 10 * i, "grad_norm": norm} for i, norm in enumerate(norms)]
+        assert "Training would" not in self.say(capsys, write(tmp_path / "log.csv", every_tenth))
+
+    @pytest.mark.parametrize(("largest", "is_said"), [(1427.8, True), (1.2, False)])
+    def test_a_spike_between_rows_is_told_where_it_was_logged(self, tmp_path, capsys, largest, is_said):
+        rows = [{"step": 10 * i, "z/grad_norm": 1 + 0.1 * (i % 3), "z/interval_max_norm": 1.2} for i in range(1, 60)]
+        rows[30]["z/interval_max_norm"] = largest
+        text = self.say(capsys, write(tmp_path / "log.csv", rows))
+        assert ("- between the rows norms reach 1428, by interval_max_norm\n" in text) == is_said
+
+    def test_no_option_by_a_part_of_its_name(self, log, capsys):
+        with pytest.raises(SystemExit):
+            main([str(log), "--warmup", "10"])
+        assert "unrecognized arguments: --warmup 10" in capsys.readouterr().err
+
+    def test_a_folder_is_no_log(self, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path)])
+        assert capsys.readouterr().err == f"python -m zclip_optim.replay: error: {tmp_path}: Is a directory\n"
+
     @pytest.mark.parametrize(
         ("flags", "step"),
         [

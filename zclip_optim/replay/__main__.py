@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> Parser:
     """The command line; the options of the rule are the fields of `ZClipConfig`, in the words of `ZClipOptimizer`."""
-    parser = Parser("python -m zclip_optim.replay", description=__doc__)
+    parser = Parser("python -m zclip_optim.replay", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("log", metavar="LOG", help="CSV, JSON-lines or trainer_state.json")
     parser.add_argument("--column", metavar="NAME", help="of the norms; default: the one that ends in grad_norm")
@@ -114,11 +114,11 @@ def report(log: NormLog, done: Replayed, options: Mapping[str, Any], fixed: floa
     changed = ", ".join(f"{name}={each!r}" for name, each in options.items() if each != DEFAULTS[name])
     rule = f"ZClip with {changed}, otherwise its defaults:" if changed else "ZClip with its defaults:"
     parts = [[*about_log(log)], [rule, *about_steps(done.metrics, fixed)]]
-    if done.stop is not None:
+    if done.stop is not None and log.interval == 1:
         reason = ", ".join(f"{name}={options[name]!r}" for name in ("nonfinite", "max_consecutive_nonfinite"))
         end = f"Training would have ended at step {log.steps[done.stop]:,.10g} with NonFiniteGradientError ({reason})."
         parts.append([end])
-    if done.warned:
+    if done.warned and log.interval == 1:  # else rows would be taken for steps
         parts.append(["Training would have warned (steps are finite norms seen):", *(f"- {t}" for t in done.warned)])
     parts += [[*about_spikes(done.metrics, log.steps, fixed)], [CAVEAT]]
     return "\n\n".join("\n".join(lines) for lines in parts)
@@ -149,7 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         done = replay_as_watched(log.norms, config)
         if given.out is not None:
             draw(log, done.metrics, Path(given.log).name, given.out)
-    except (ImportError, OSError, ValueError) as error:
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")
+    except (ImportError, ValueError) as error:
         parser.error(str(error))
     written = "" if given.out is None else f"\n\nwritten: {given.out}"
     text = f"{given.log}: {report(log, done, options, given.fixed)}{written}\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Iterator, Sequence
 
 from zclip_optim.logs import NormLog
@@ -40,20 +39,22 @@ def about_log(log: NormLog) -> Iterator[str]:
     if log.rows_without:
         yield f"- rows without a norm: {log.rows_without:,}, which are no steps: something else was logged there"
     if log.has_steps:
-        yield from _about_steps(log.steps)
+        yield from _about_steps(log)
     else:
         yield "- no step was logged: steps are the numbers of the norms, from 1 on"
 
 
-def _about_steps(steps: Sequence[float]) -> Iterator[str]:
+def _about_steps(log: NormLog) -> Iterator[str]:
+    steps, interval = log.steps, log.interval
     differences = [after - before for before, after in itertools.pairwise(steps)]
-    interval = statistics.median_low([d for d in differences if d > 0] or [1.0])
     if interval > 1:
         every = _plain(interval)
         yield (
             f"- logged every {every} steps: a spike between two rows is not seen, and the statistics move {every} "
             "times as slowly"
         )
+        if log.interval_max_norm > max(filter(math.isfinite, log.norms)):
+            yield f"- between the rows norms reach {log.interval_max_norm:.4g}, by interval_max_norm"
     missing = sum(round(d / interval) - 1 for d in differences if d > interval)
     if missing:
         yield f"- rows that are missing in between, by the steps: {missing:,}"
