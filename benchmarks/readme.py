@@ -219,7 +219,7 @@ def of_defaults(answers: Sequence[Mapping[str, Any]]) -> list[Claim]:
     (answer,) = (each for each in answers if each["option"] == "max_grad_norm")
     ahead = [-each["mean"] for each in answer["values"][0]["differences"]]
     won = [gain for gain in ahead if gain > 0]
-    text = f"ahead on {len(won)} of {len(ahead)} small ones, by {min(won):.3f} to {max(won):.3f} nats"
+    text = f"beats no cap on {len(won)} of {len(ahead)} small ones, by {min(won):.3f} to {max(won):.3f} nats"
     return [Claim(text, "defaults.json")]
 
 

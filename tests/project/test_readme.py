@@ -246,6 +246,22 @@ def write_csv(path):
     return rows
 
 
+def test_a_csv_file_whose_columns_come_with_the_steps():
+    model = make_model()
+    optimizer = ZClipOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), warmup_steps=1)
+    with open("rows.csv", "w+", encoding="utf8", newline="") as file:
+        names = {"optimizer": optimizer, "csv": csv, "dataclasses": dataclasses, "file": file}
+        exec(block("csv.DictWriter"), names)
+        for norm in (1.0, 1.1):
+            set_gradients(model.parameters(), norm)
+            optimizer.step()
+            names["table"].writerow(optimizer.metrics.as_dict())
+        file.seek(0)
+        rows = list(csv.DictReader(file))
+    assert [row["zclip/grad_norm"] != "" for row in rows] == [False, True, True]
+    assert [row["zclip/threshold"] != "" for row in rows] == [False, False, True]
+
+
 def test_replay():
     write_csv("metrics.csv")
     (arguments,) = re.findall(r"`python (-m zclip_optim\.replay .*?)`", README)
