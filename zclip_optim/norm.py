@@ -14,17 +14,17 @@ from torch._C._nn import flatten_dense_tensors
 # How much is measured in one go. torch accumulates a norm in float32 with a few running sums, whose last digits drift:
 # by 1e-3 over 25 M equal elements. Short norms, summed in float64, do not; but calls are what small gradients cost. So
 # tiny ones are copied into one tensor, a batch at a time; small ones, and few, are measured by one call without a copy;
-# medium ones by long rows; large ones by rows, nearly as fast as a plain read; and large 16-bit ones are copied into a
-# buffer in float32. Right for clipping are 1e-6 on gradients as they are and 1e-4 on the worst that can be contrived.
+# medium ones by rows as long as these; large ones by short rows, nearly as fast as a plain read; and large 16-bit ones
+# are copied into a buffer in float32. Right for clipping are 1e-6 on gradients as they are and 1e-4 on the worst that
+# can be contrived.
 # Measured, relative errors of the norm of one tensor: random elements, their fifth powers, equal ones, contrived ones.
 #   in one go   8,192: 8e-8, 3e-7, 7e-6, 3e-5      16,384: 3e-7, 1e-6, 1e-5, 6e-5      rows: 1e-9, -, 5e-7, 2e-6
 # Gradients of models have structure: with 16,384 those of a small transformer were 2e-6 off.
 # constant             unit                 a larger one is
 ROW = 2**9  #          elements of a row    no faster, less exact
 TINY = 2**10  #        elements, a tensor   more copies, fewer calls
-LONG_ROW = 2**11  #    elements of a row    fewer numbers to read, less exact
-SMALL = 2**13  #       elements, a tensor   faster, less exact
-MEDIUM = 2**18  #      elements, a tensor   fewer calls, less exact
+SMALL = 2**13  #       elements, a tensor   faster, less exact; and of a long row
+MEDIUM = 2**16  #      elements, a tensor   fewer calls, more numbers to read
 FEW = 8  #             tensors              faster up to some ten: a call for all, no copy
 BATCH = 2**18  #       elements, a batch    more memory, fewer calls
 CHUNK = 2**20  #       elements, a copy     more memory, fewer calls
@@ -127,8 +127,8 @@ def _sum_of_squares(gradients: list[Tensor]) -> float:
                 total += _sum_over(g)
             elif g.dtype is not torch.float32:
                 halves.append(g)
-            elif size <= MEDIUM:
-                total += _sum_over_long_rows(g.view(-1), small)
+            elif size <= MEDIUM and size % SMALL == 0:
+                total += _sum_over_long_rows(g)
             else:
                 total += _sum_over_rows(g) if size <= LONG else _sum_over(g)
         elif size > tiny and g.dtype is torch.float32:
@@ -154,12 +154,9 @@ def _norm_of_small(gradients: list[Tensor]) -> float:
         return math.sqrt(sum([_sum_over(g) for g in gradients]))
 
 
-def _sum_over_long_rows(values: Tensor, small: list[Tensor]) -> float:
-    """Of a medium tensor; what is left over is put to the small ones."""
-    whole = len(values) - len(values) % LONG_ROW
-    norm = math.hypot(*torch.linalg.vector_norm(values[:whole].view(-1, LONG_ROW), 2, 1).tolist())
-    if whole < len(values):
-        small.append(values[whole:])
+def _sum_over_long_rows(values: Tensor) -> float:
+    """Of a contiguous tensor whose size is a multiple of SMALL."""
+    norm = math.hypot(*torch.linalg.vector_norm(values.view(-1, SMALL), 2, 1).tolist())
     return norm * norm
 
 
