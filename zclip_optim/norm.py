@@ -12,28 +12,27 @@ from torch import Tensor
 from torch._C._nn import flatten_dense_tensors
 
 # How much is measured in one go. torch accumulates a norm in float32 with a few running sums, whose last digits drift:
-# by 1e-3 over 25 M equal elements. Short norms, summed in float64, do not; but calls are what small gradients cost. So
-# tiny ones are copied into one tensor, a batch at a time; small ones, and few, are measured by one call without a copy;
-# medium ones by rows as long as these; large ones by short rows, nearly as fast as a plain read; and large 16-bit ones
-# are copied into a buffer in float32. Right for clipping are 1e-6 on gradients as they are and 1e-4 on the worst that
-# can be contrived.
+# by 1e-3 over 25 M equal elements. Short norms, and the norm of their norms, do not; but calls are what small gradients
+# cost. So tiny ones are copied into one tensor, a batch at a time; small ones, and few, are measured by one call
+# without a copy; larger ones by rows, as fast as they can be read. Right for clipping are 1e-6 on gradients as they are
+# and 1e-4 on the worst that can be contrived.
 # Measured, relative errors of the norm of one tensor: random elements, their fifth powers, equal ones, contrived ones.
-#   in one go   8,192: 8e-8, 3e-7, 7e-6, 3e-5      16,384: 3e-7, 1e-6, 1e-5, 6e-5      rows: 1e-9, -, 5e-7, 2e-6
-# Gradients of models have structure: with 16,384 those of a small transformer were 2e-6 off.
+#   in one go, 8,192: 1e-7, 4e-7, 7e-6, 3e-5     in rows: 6e-8, 2e-7, 1e-6, 6e-6     16-bit rows: 3e-8, 3e-7, 0, 4e-6
+# Gradients of models have structure: with 16,384 in one go those of a small transformer were 2e-6 off.
 # constant             unit                 a larger one is
-ROW = 2**9  #          elements of a row    no faster, less exact
+ROW = 2**10  #         elements of a row    no faster, less exact
+HALF_ROW = 2**11  #    the same, of 16 bit  faster, less exact
 TINY = 2**10  #        elements, a tensor   more copies, fewer calls
-SMALL = 2**13  #       elements, a tensor   faster, less exact; and of a long row
-MEDIUM = 2**16  #      elements, a tensor   fewer calls, more numbers to read
+SMALL = 2**13  #       elements, a tensor   faster, less exact
 FEW = 8  #             tensors              faster up to some ten: a call for all, no copy
 BATCH = 2**18  #       elements, a batch    more memory, fewer calls
 CHUNK = 2**20  #       elements, a copy     more memory, fewer calls
-LONG = 2**22  #        elements             more memory, of the norms of rows
+LARGE = 2**20  #       elements, a tensor   fewer calls, less exact
 SMALLEST = 1e-10  #    a norm               more norms taken again, because elements may have vanished in float32
 
 SINGLE = {torch.float32}
-HALVES = {torch.float16, torch.bfloat16}
-ORDINARY = {torch.float32, torch.float64, *HALVES}
+IN_PLACE = {torch.float32, torch.float16, torch.bfloat16}
+ORDINARY = {torch.float64, *IN_PLACE}
 DTYPE = operator.attrgetter("dtype")
 COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 
@@ -46,9 +45,9 @@ def gradient_norm(gradients: list[Tensor]) -> float:
     the CPU; one on an accelerator is read back.
     """
     if len(gradients) <= FEW and set(map(DTYPE, gradients)) == SINGLE and max(map(Tensor.numel, gradients)) <= SMALL:
-        norm = _norm_of_small(gradients)
+        norm = _norm_of_short(gradients)
     else:
-        norm = math.sqrt(_sum_of_squares(gradients))
+        norm = _norm_of_many(gradients)
     return norm if SMALLEST < norm < math.inf else _rescaled_norm(gradients)
 
 
@@ -114,102 +113,105 @@ def stored_values(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def _sum_of_squares(gradients: list[Tensor]) -> float:
+def _norm_of_many(gradients: list[Tensor]) -> float:
     tiny = TINY if len(gradients) > FEW else 0
-    total = 0.0
-    small: list[Tensor] = []
+    short: list[Tensor] = []
     halves: list[Tensor] = []
     batch: list[Tensor] = []
     room = BATCH
     for g, size in zip(gradients, map(Tensor.numel, gradients), strict=True):
         if size > SMALL:
-            if not (g.is_cpu and is_ordinary(g) and g.is_contiguous()) or g.dtype is torch.float64:
-                total += _sum_over(g)
-            elif g.dtype is not torch.float32:
-                halves.append(g)
-            elif size <= MEDIUM and size % SMALL == 0:
-                total += _sum_over_long_rows(g)
+            rows = _in_rows(g, size)
+            if rows is None:
+                short += _norms_of_any(g)
+            elif rows.dtype is torch.float32:
+                norms = torch.linalg.vector_norm(rows, 2, 1)
+                short.append(norms if size <= LARGE else torch.linalg.vector_norm(norms, dtype=torch.float64))
             else:
-                total += _sum_over_rows(g) if size <= LONG else _sum_over(g)
+                halves.append(rows)
         elif size > tiny and g.dtype is torch.float32:
-            small.append(g)
+            short.append(g)
         else:
             if size > room:
-                total += _sum_over_batch(batch)
+                short += _norms_of_batch(batch)
                 batch, room = [], BATCH
             batch.append(g)
             room -= size
-    if small:
-        norm = _norm_of_small(small)
-        total += norm * norm
-    if halves:
-        total += _sum_over_halves(halves)
-    return total + _sum_over_batch(batch) if batch else total
+    if batch:
+        short += _norms_of_batch(batch)
+    norm = _norm_of_short(short)
+    return math.hypot(norm, _norm_of_halves(halves)) if halves else norm
 
 
-def _norm_of_small(gradients: list[Tensor]) -> float:
+def _norm_of_short(tensors: list[Tensor]) -> float:
     try:
-        return math.hypot(*map(Tensor.item, torch._foreach_norm(gradients)))
+        return math.hypot(*map(Tensor.item, torch._foreach_norm(tensors) if tensors else ()))
     except RuntimeError:  # some are sparse or nested
-        return math.sqrt(sum([_sum_over(g) for g in gradients]))
+        return math.hypot(*[norm.item() for tensor in tensors for norm in _norms_of_any(tensor)])
 
 
-def _sum_over_long_rows(values: Tensor) -> float:
-    """Of a contiguous tensor whose size is a multiple of SMALL."""
-    norm = math.hypot(*torch.linalg.vector_norm(values.view(-1, SMALL), 2, 1).tolist())
-    return norm * norm
-
-
-def _sum_over_batch(batch: list[Tensor]) -> float:
+def _norms_of_batch(batch: list[Tensor]) -> list[Tensor]:
     try:
         flat = flatten_dense_tensors(batch)
     except RuntimeError:  # some are sparse or nested, or they are on several devices
-        return sum([_sum_over(g) for g in batch])
-    return _sum_over_rows(flat) if flat.dtype is torch.float32 else _sum_over(flat)
+        return [norms for g in batch for norms in _norms_of_any(g)]
+    return _norms_of_any(flat)
 
 
-def _sum_over_halves(gradients: list[Tensor]) -> float:
-    """Of contiguous 16-bit tensors, which are copied into one buffer, as many as it holds at a time."""
-    buffer = torch.empty(min(CHUNK, sum([g.numel() for g in gradients])), device="cpu")
-    total, filled = 0.0, 0
-    for part in [part for g in gradients for part in torch.split(g.view(-1), CHUNK)]:
-        end = filled + part.numel()
-        if end > len(buffer):
-            total += _sum_over_rows(buffer[:filled])
-            filled, end = 0, part.numel()
-        buffer[filled:end].copy_(part)
-        filled = end
-    return total + _sum_over_rows(buffer[:filled])
+def _in_rows(g: Tensor, size: int) -> Tensor | None:
+    """A large tensor where it lies, if it can be measured there."""
+    length = _row_length(size, ROW if g.dtype is torch.float32 else HALF_ROW)
+    if not (length and g.is_cpu and g.dtype in IN_PLACE):
+        return None
+    try:
+        return g.view(-1, length) if g.is_contiguous() else None
+    except RuntimeError:  # sparse or nested
+        return None
 
 
-def _sum_over(gradient: Tensor, divisor: float = 1.0) -> float:
-    """Sum of the squares of any kind of tensor, divided by `divisor`."""
+@functools.lru_cache(2**12)
+def _row_length(size: int, longest: int) -> int:
+    """Of the longest rows, up to this, that a tensor of this size is made of; 0 if they were too short."""
+    return next((length for length in range(longest, longest // 4, -1) if size % length == 0), 0)
+
+
+def _norm_of_halves(tensors: list[Tensor]) -> float:
+    """Of 16-bit tensors in rows. Mean and variance: what torch has that reads them once and accumulates in float32."""
+    means, variances = [], []
+    for rows in tensors:
+        zeros = torch.zeros(len(rows), device="cpu")
+        mean, variance = torch.batch_norm_update_stats(rows[None], zeros, zeros, 0.0)
+        means.append(mean)
+        variances.append(variance)
+    torch._foreach_addcmul_(variances, means, means)
+    sums = torch._foreach_norm(variances, 1, torch.float64)
+    return math.sqrt(sum([rows.shape[1] * total.item() for rows, total in zip(tensors, sums, strict=True)]))
+
+
+def _norms_of_any(gradient: Tensor, divisor: float = 1.0) -> list[Tensor]:
+    """Of a tensor of any kind, divided by `divisor`; on the CPU."""
     values = real_values(gradient).squeeze()
     values = values.permute(sorted(range(values.dim()), key=values.stride, reverse=True))  # the order of memory
     dtype = torch.promote_types(values.dtype, torch.float32)
     if values.is_contiguous():
         is_copied = values.dtype != dtype or divisor != 1
-        chunks = torch.split(values.view(-1), CHUNK if is_copied else LONG)
+        chunks = torch.split(values.view(-1), CHUNK) if is_copied else (values,)
     else:
         chunks = torch.split(values, max(1, CHUNK // values[0].numel()))
-    return sum([_sum_over_rows(_divided(chunk.to(dtype), divisor)) for chunk in chunks])
+    return [norms for chunk in chunks for norms in _norms_of_chunk(_divided(chunk.to(dtype), divisor))]
 
 
 def _divided(chunk: Tensor, divisor: float) -> Tensor:
     return chunk.contiguous() if divisor == 1 else chunk.contiguous() / divisor
 
 
-def _sum_over_rows(values: Tensor) -> float:
-    """Of a contiguous tensor in float32 or wider."""
-    ragged = values.numel() % ROW
-    total = 0.0
-    if ragged:
-        values = values.view(-1)
-        end = values[-ragged:]
-        total, values = end.dot(end).item(), values[:-ragged]
-    rows = torch.linalg.vector_norm(values.view(-1, ROW), 2, 1)
-    rows = rows.double() if rows.is_cpu else rows.to(wide_dtype(rows.device))
-    return float(total + rows.dot(rows).item())
+def _norms_of_chunk(values: Tensor) -> list[Tensor]:
+    """Of a contiguous tensor in float32 or wider: of its rows together, and of what they leave over."""
+    values = values.view(-1)
+    end = values.numel() - values.numel() % ROW
+    norms = torch.linalg.vector_norm(values[:end].view(-1, ROW), 2, 1)
+    together = torch.linalg.vector_norm(norms, dtype=wide_dtype(norms.device))
+    return [norm.cpu() for norm in (together, torch.linalg.vector_norm(values[end:]))]
 
 
 def _rescaled_norm(gradients: Iterable[Tensor]) -> float:
@@ -219,4 +221,4 @@ def _rescaled_norm(gradients: Iterable[Tensor]) -> float:
     peak = max(peaks, default=0.0)
     if peak == 0 or not all(map(math.isfinite, peaks)):
         return float(sum(peaks))
-    return peak * math.sqrt(sum([_sum_over(value, peak) for value in values]))
+    return peak * _norm_of_short([norms for value in values for norms in _norms_of_any(value, peak)])

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from zclip_optim.gradients import collect_gradients, describe_nonfinite, scale_gradients_
-from zclip_optim.norm import CHUNK, FEW, MEDIUM, SMALL, gradient_norm
+from zclip_optim.norm import CHUNK, FEW, HALF_ROW, LARGE, SMALL, gradient_norm
 
 
 def exact_norm(gradients):
@@ -24,7 +25,8 @@ GRADIENTS = {
     "small": lambda: [torch.randn(4, 5), torch.randn(7)],
     "a scalar": lambda: [torch.randn(())],
     "empty beside full": lambda: [torch.randn(0, 3), torch.randn(3)],
-    "medium": lambda: [torch.randn(SMALL + 1), torch.randn(3 * SMALL), torch.randn(MEDIUM - 1), torch.randn(5)],
+    "in rows": lambda: [torch.randn(SMALL + 64), torch.randn(3 * SMALL), torch.randn(LARGE + HALF_ROW), torch.randn(5)],
+    "in no rows": lambda: [torch.randn(SMALL + 17), torch.randn(LARGE + 7), torch.randn(5)],  # of prime sizes
     "large": lambda: [torch.randn(3, CHUNK // 2 + 1)],
     "large and small": lambda: [torch.randn(2 * CHUNK + 5), torch.randn(3), torch.randn(CHUNK)],
     "all equal": lambda: [torch.full((CHUNK + 10,), 1.2345), torch.full((SMALL,), 0.777)],
@@ -62,34 +64,44 @@ def test_norm_is_that_of_float64(make):
     assert gradient_norm(gradients) == pytest.approx(expected, rel=1e-6, abs=0)
 
 
-def below_half_a_unit(running_sums: int) -> torch.Tensor:
+def below_half_a_unit(size: int, running_sums: int) -> torch.Tensor:
     """A few elements, after whose squares each of the others' is too small to be added to a sum in float32."""
-    values = torch.full((SMALL,), 5.9e-8**0.5)
+    values = torch.full((size,), 5.9e-8**0.5)
     values[:running_sums] = 1.0
     return values
 
 
+@pytest.mark.parametrize("size", [SMALL, SMALL + 64, LARGE, LARGE + HALF_ROW])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [1, FEW + 1])
 @pytest.mark.parametrize(
     ("make", "error"),
     [
-        (lambda: torch.randn(SMALL), 1e-6),
-        (lambda: torch.randn(SMALL) * (torch.rand(SMALL) < 0.01), 1e-6),
-        (lambda: torch.full((SMALL,), 0.777), 1e-4),
-        *[(functools.partial(below_half_a_unit, 2**n), 1e-4) for n in range(11)],
+        (torch.randn, 1e-6),
+        (lambda size: torch.randn(size) * (torch.rand(size) < 0.01), 1e-6),
+        (lambda size: torch.full((size,), 0.777), 1e-4),
+        *[(functools.partial(below_half_a_unit, running_sums=2**n), 1e-4) for n in range(11)],
     ],
 )
-def test_small_tensors_are_measured_in_float32_as_exactly_as_clipping_needs(count, make, error):
+def test_norm_is_as_exact_as_clipping_needs(count, make, error, dtype, size):
     torch.manual_seed(0)
-    gradients = [make() for _ in range(count)]
+    gradients = [make(size).to(dtype) for _ in range(count)]
     assert gradient_norm(gradients) == pytest.approx(exact_norm(gradients), rel=error, abs=0)
 
 
-def test_large_16_bit_tensors_share_a_buffer():
+def test_16_bit_tensors_of_every_length_beside_each_other():
     torch.manual_seed(0)
-    sizes = [SMALL + 1, CHUNK - 5, 3, 2 * CHUNK + 7, SMALL + 2, CHUNK, 40]
+    sizes = [SMALL + 17, CHUNK - 5, 3, 2 * CHUNK + 7, SMALL + 64, CHUNK, 40]
     gradients = [torch.randn(size).to(dtype) for size in sizes for dtype in (torch.bfloat16, torch.float16)]
     assert gradient_norm(gradients) == pytest.approx(exact_norm(gradients), rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_tensors_are_measured_without_a_copy(dtype):
+    gradients = [torch.ones(LARGE, dtype=dtype)]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        assert gradient_norm(gradients) == pytest.approx(LARGE**0.5)
+    assert sum(max(event.cpu_memory_usage, 0) for event in profiler.events()) < LARGE / 8
 
 
 def test_norm_does_not_depend_on_the_number_of_threads():
