@@ -39,7 +39,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-Where: TypeAlias = Callable[[Any, Any, Any], Any]
 Scalar: TypeAlias = Any  # a Python number, or a tensor: of one value without dimensions, of all scopes with one
 
 TINY = 2.0**-126  # stands in for a z-score denominator of 0; a normal number in float32 too
@@ -216,17 +215,18 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
     Returns:
         The `Decision`, of the same kind, device and shape as `norm`.
     """
-    where = where_for(norm)
     mean, var, step, streak, spikes, clipped_steps = stats
     std, warm = var**0.5, step >= config.warmup_steps
     square = norm * norm
     usable = (norm > 0) & (square < math.inf)
-    g = where(usable, norm, 1.0)  # some number to go on with, where the norm is left alone
+    g = norm if usable is True else where(usable, norm, 1.0)  # some number to go on with, where the norm is left alone
     # z_t = (g_t - mu) / (sigma + eps mu)
     scale = std + config.eps * mean
     z = (g - mean) / (scale + (scale == 0) * TINY)
     is_spike = warm & (z > config.z_thresh)
-    ordinary = where(warm, mean + config.z_thresh * scale, math.inf)
+    ordinary, z_score = mean + config.z_thresh * scale, z
+    if warm is not True:
+        ordinary, z_score = where(warm, ordinary, math.inf), where(warm, z, math.nan)
     g_star, limit, too_far = g, ordinary, False
     if is_spike is not False:
         # g*_t is the threshold on a spike, unless `clip_factor` > 1 lifts that over g_t, and g_t otherwise
@@ -236,10 +236,10 @@ def decide(norm: Scalar, stats: NormStats, config: ZClipConfig) -> Decision:
             too_far = is_spike & (z > config.z_skip) & (streak < SKIPS_IN_A_ROW)
     cap = config.max_grad_norm
     capped = g_star if cap is None else where(g_star < cap, g_star, cap)
-    new_mean, new_var = _updated(g_star, is_spike, std, stats, config, where)
+    new_mean, new_var = _updated(g_star, is_spike, std, stats, config)
     streak = (streak + 1) * is_spike
     after = NormStats(new_mean, new_var, step + 1, streak, spikes + is_spike, clipped_steps + (capped < g))
-    clipped = Decision(capped / g, capped, limit, where(warm, z, math.nan), is_spike, too_far, after)
+    clipped = Decision(capped / g, capped, limit, z_score, is_spike, too_far, after)
     if usable is True:
         return clipped
     broken = (square - square != 0) & (config.nonfinite != "pass")  # NaN, unless the square is finite
@@ -257,9 +257,7 @@ def _spike_threshold(z: Scalar, mean: Scalar, std: Scalar, config: ZClipConfig) 
     return mean + config.clip_factor * xi * std
 
 
-def _entering(
-    g_star: Scalar, is_early_spike: Scalar, std: Scalar, stats: NormStats, config: ZClipConfig, where: Where
-) -> Scalar:
+def _entering(g_star: Scalar, is_early_spike: Scalar, std: Scalar, stats: NormStats, config: ZClipConfig) -> Scalar:
     """What the averages take: g*_t, but for spikes that are common while `lookback` has a growing window.
 
     x = mu + z_thresh sigma, so that the spread grows until what is no anomaly is inside
@@ -268,43 +266,40 @@ def _entering(
     return where(is_early_spike & is_common, stats.mean + config.z_thresh * std, g_star)
 
 
-def _start(step: Scalar, config: ZClipConfig) -> tuple[Scalar, Scalar]:
-    """Whether the averages still have a window that grows, and its length in steps, the one at hand included.
-
-    a_n = L n / (1 + L n) until that is `alpha`;   the paper: L = 1, until the warm-up is over.   n: norms seen before
-    """
-    if config.lookback is None:
-        return step < config.warmup_steps, step + 1
-    window = 1 + config.lookback * step
-    return window - 1 < config.alpha * window, window
-
-
 def _updated(
-    g_star: Scalar, is_spike: Scalar, std: Scalar, stats: NormStats, config: ZClipConfig, where: Where
+    g_star: Scalar, is_spike: Scalar, std: Scalar, stats: NormStats, config: ZClipConfig
 ) -> tuple[Scalar, Scalar]:
     """Mean and variance of the next step."""
     mean, var, step, *_ = stats
-    growing, window = _start(step + 0 * mean, config)  # in the precision of the norm, though steps be integers
     x = g_star
-    if config.lookback is not None:
-        x = _entering(g_star, is_spike & growing, std, stats, config, where)
-    # mu <- a_n mu + (1 - a_n) x   over a window that grows;   later   mu <- alpha mu + (1 - alpha) x
+    # Whether the averages still have a window that grows, and its length in steps, the one at hand included:
+    # a_n = L n / (1 + L n) until that is `alpha`;   the paper: L = 1, until the warm-up is over.   n: norms seen before
+    if config.lookback is None:
+        growing, window = step < config.warmup_steps, step + 1
+    else:
+        window = 1 + config.lookback * (step + 0 * mean)  # in the precision of the norm, though steps be integers
+        growing = window - 1 < config.alpha * window
+        x = _entering(g_star, is_spike & growing, std, stats, config)
+    # mu <- alpha mu + (1 - alpha) x;   before, over a window that grows,   mu <- a_n mu + (1 - a_n) x
     alpha, beta = config.alpha, 1 - config.alpha
-    new_mean = where(growing, mean + (x - mean) / window, alpha * mean + beta * x)
+    new_mean = alpha * mean + beta * x
+    if growing is not False:
+        new_mean = where(growing, mean + (x - mean) / window, new_mean)
     if config.alpha_down is not None:
         # below mu with the smaller factor:   mu <- alpha_down mu + (1 - alpha_down) x
         lower = config.alpha_down * mean + (1 - config.alpha_down) * x
         new_mean = where((x < mean) & (lower < new_mean), lower, new_mean)
-    # sigma^2 <- a_n sigma^2 + (1 - a_n) (x - mu) (x - new mu), Welford's form;
-    # later   alpha sigma^2 + (1 - alpha) (x - new mu)^2
+    # sigma^2 <- alpha sigma^2 + (1 - alpha) (x - new mu)^2;
+    # before   a_n sigma^2 + (1 - a_n) (x - mu) (x - new mu), Welford's form
     deviation = x - new_mean
-    exact = var + ((x - mean) * deviation - var) / window
-    new_var = where(growing, exact, alpha * var + beta * deviation * deviation)
-    return (new_mean, new_var) if is_spike is False else _after_spike(new_mean, new_var, is_spike, stats, config, where)
+    new_var = alpha * var + beta * deviation * deviation
+    if growing is not False:
+        new_var = where(growing, var + ((x - mean) * deviation - var) / window, new_var)
+    return (new_mean, new_var) if is_spike is False else _after_spike(new_mean, new_var, is_spike, stats, config)
 
 
 def _after_spike(
-    new_mean: Scalar, new_var: Scalar, is_spike: Scalar, stats: NormStats, config: ZClipConfig, where: Where
+    new_mean: Scalar, new_var: Scalar, is_spike: Scalar, stats: NormStats, config: ZClipConfig
 ) -> tuple[Scalar, Scalar]:
     """The same after a spike, by `skip_update_on_spike` and `patience`."""
     mean, var, _, streak, *_ = stats
@@ -320,16 +315,10 @@ def _after_spike(
     return new_mean, new_var
 
 
-def where_for(value: Scalar) -> Where:
-    """What selects, by a condition, one of two values of this kind or of two tuples of them."""
-    return _where_tensors if isinstance(value, torch.Tensor) else _where_numbers
-
-
-def _where_numbers(condition: bool, x: Any, y: Any) -> Any:
-    return x if condition else y
-
-
-def _where_tensors(condition: Any, x: Any, y: Any) -> Any:
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """One of two values, or of two tuples of them, by a flag, or by a tensor of flags."""
+    if not isinstance(condition, torch.Tensor):
+        return x if condition else y
     if isinstance(x, tuple):
-        return type(x)(*[_where_tensors(condition, *pair) for pair in zip(x, y, strict=True)])
+        return type(x)(*[where(condition, *pair) for pair in zip(x, y, strict=True)])
     return torch.where(condition, x, y)

@@ -20,7 +20,7 @@ from zclip_optim.metrics import ClipMetrics, ParameterNorm, combine, ranked
 from zclip_optim.param_groups import as_param_groups
 from zclip_optim.process_groups import Parameters, ProcessGroups, as_groups
 from zclip_optim.records import Records
-from zclip_optim.running import DeviceState, Verdict, uncompiled
+from zclip_optim.running import DeviceState, uncompiled
 from zclip_optim.state import SavedState, from_state_dict, to_flat
 
 
@@ -155,22 +155,22 @@ class ZClip:
     def _step(self, norms: Any, scaler: Scaler, new_step: bool, gradients: Gradients | None = None) -> bool:
         """Decide on norms and have it carried out; whether the optimizer may step. `gradients` serve the warnings."""
         state = self._records.on(scaler.device)
-        verdict = state.step(norms, self.config, new_step)
         if isinstance(state, DeviceState):
-            may_step = self._apply_on_device(verdict, scaler, state)
+            may_step = self._apply_on_device(*state.step(norms, self.config, new_step), scaler, state)
         else:
-            if verdict.coefs != state.unscaled:
-                scaler.scale_(verdict.coefs)
+            coefs, skip = state.step(norms, self.config, new_step)
+            if coefs != state.unscaled:
+                scaler.scale_(coefs)
             self._health.check(state.records, gradients)
-            may_step = not verdict.skip
+            may_step = not skip
         if not may_step:
             self._raise_if_told_to(norms, scaler)
         return may_step
 
-    def _apply_on_device(self, verdict: Verdict, scaler: Scaler, state: DeviceState) -> bool:
-        scaler.scale_(verdict.coefs)
-        is_left = not self.config.can_skip or (self._may_skip_unseen(state) and scaler.leaves_out(verdict.skip))
-        return is_left or not state.must_skip(verdict.skip)
+    def _apply_on_device(self, coefs: Tensor, skip: Tensor, scaler: Scaler, state: DeviceState) -> bool:
+        scaler.scale_(coefs)
+        is_left = not self.config.can_skip or (self._may_skip_unseen(state) and scaler.leaves_out(skip))
+        return is_left or not state.must_skip(skip)
 
     def _may_skip_unseen(self, state: DeviceState) -> bool:
         """Not if this step may have to raise; how near `max_consecutive_nonfinite` is, reading the metrics tells."""

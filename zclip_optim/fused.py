@@ -18,7 +18,7 @@ ATTRIBUTES = ("grad_scale", "found_inf")  # which GradScaler sets too, on the op
 
 
 class Kernels:
-    """What the kernels of optimizers are told for one step: given within the context of it, taken back at its end.
+    """What the kernels of optimizers are told for one step, and is to be taken back at its end.
 
     Args:
         optimizers: that step together; if one of them has no such kernels, none is told anything.
@@ -30,16 +30,6 @@ class Kernels:
     def __init__(self, optimizers: Sequence[Any]) -> None:
         self.optimizers = optimizers
         self.scale_themselves = False
-
-    def __enter__(self) -> "Kernels":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.scale_themselves:
-            self.scale_themselves = False
-            for optimizer in self.optimizers:
-                for name in ATTRIBUTES:
-                    optimizer.__dict__.pop(name, None)
 
     def scale(self, coef: Tensor) -> bool:
         """Have the step multiply the gradients by `coef`, a tensor of one element; whether the optimizers can do it."""
@@ -62,6 +52,14 @@ class Kernels:
         for optimizer in self.optimizers:
             optimizer.found_inf = found_inf
         return True
+
+    def take_back(self) -> None:
+        """End the step."""
+        if self.scale_themselves:
+            self.scale_themselves = False
+            for optimizer in self.optimizers:
+                for name in ATTRIBUTES:
+                    optimizer.__dict__.pop(name, None)
 
 
 class KernelScaler:

@@ -1,7 +1,6 @@
 """Gradients: where a norm comes from and a coefficient goes to."""
 
 import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -20,7 +19,6 @@ from zclip_optim.norm import (
 )
 
 ParamGroups: TypeAlias = Sequence[Mapping[str, Any]]
-GRADIENT = operator.attrgetter("grad")
 CHOICE = "zclip"  # the key of a param group that says whether it is clipped
 
 
@@ -76,12 +74,12 @@ class Gradients:
             self.scopes = [clipped]
         else:
             self.scopes = [[group] if group.get(CHOICE, True) else [] for group in param_groups] or [[]]
-        self.local = list(map(collect_gradients, self.scopes))
+        self.local = [collect_gradients(groups) for groups in self.scopes]
 
     def norms(self) -> Any:
         """The L2 norm of each scope: a list of numbers, or a tensor on the accelerator with an element for each."""
         if self.device is None:
-            return list(map(gradient_norm, self.local))
+            return [gradient_norm(gradients) for gradients in self.local]
         return torch.stack([device_norm(gradients, self.device) for gradients in self.local])
 
     def are_missing(self, norms: Any) -> bool | None:
@@ -199,12 +197,13 @@ def choices(param_groups: Iterable[Mapping[str, Any]]) -> list[bool]:
 
 def collect_gradients(param_groups: ParamGroups) -> list[Tensor]:
     """The gradients that the parameters of the groups have, those of tied parameters once."""
-    gradients = [
-        gradient for group in param_groups for gradient in map(GRADIENT, group["params"]) if gradient is not None
-    ]
-    if len(set(map(id, gradients))) < len(gradients):
-        gradients = list({id(g): g for g in gradients}.values())
-    return gradients
+    found: dict[int, Tensor] = {}
+    for group in param_groups:
+        for p in group["params"]:
+            gradient = p.grad
+            if gradient is not None:
+                found[id(gradient)] = gradient
+    return list(found.values())
 
 
 def stays_on_device(tensor: Tensor) -> bool:

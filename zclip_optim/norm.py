@@ -2,7 +2,6 @@
 
 import functools
 import math
-import operator
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -30,10 +29,8 @@ CHUNK = 2**20  #       elements, a copy     more memory, fewer calls
 LARGE = 2**20  #       elements, a tensor   fewer calls, less exact
 SMALLEST = 1e-10  #    a norm               more norms taken again, because elements may have vanished in float32
 
-SINGLE = {torch.float32}
-IN_PLACE = {torch.float32, torch.float16, torch.bfloat16}
-ORDINARY = {torch.float64, *IN_PLACE}
-DTYPE = operator.attrgetter("dtype")
+HALVES = {torch.float16, torch.bfloat16}
+ORDINARY = {torch.float32, torch.float64, *HALVES}
 COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 
 
@@ -44,10 +41,7 @@ def gradient_norm(gradients: list[Tensor]) -> float:
     1e-6 on gradients as they are, to 1e-4 on the worst that was contrived. Reads every gradient once. For gradients on
     the CPU; one on an accelerator is read back.
     """
-    if len(gradients) <= FEW and set(map(DTYPE, gradients)) == SINGLE and max(map(Tensor.numel, gradients)) <= SMALL:
-        norm = _norm_of_short(gradients)
-    else:
-        norm = _norm_of_many(gradients)
+    norm = _norm_of_short(gradients) if _are_few_and_small(gradients) else _norm_of_many(gradients)
     return norm if SMALLEST < norm < math.inf else _rescaled_norm(gradients)
 
 
@@ -113,6 +107,15 @@ def stored_values(gradient: Tensor) -> Tensor:
     return gradient
 
 
+def _are_few_and_small(gradients: list[Tensor]) -> bool:
+    if len(gradients) > FEW:
+        return False
+    for g in gradients:  # noqa: SIM110 - `all` of a generator takes longer
+        if g.dtype is not torch.float32 or g.numel() > SMALL:
+            return False
+    return True
+
+
 def _norm_of_many(gradients: list[Tensor]) -> float:
     tiny = TINY if len(gradients) > FEW else 0
     short: list[Tensor] = []
@@ -144,10 +147,17 @@ def _norm_of_many(gradients: list[Tensor]) -> float:
 
 
 def _norm_of_short(tensors: list[Tensor]) -> float:
+    norms: Sequence[Tensor] = ()
     try:
-        return math.hypot(*map(Tensor.item, torch._foreach_norm(tensors) if tensors else ()))
+        if tensors:
+            norms = torch._foreach_norm(tensors)
     except RuntimeError:  # some are sparse or nested
-        return math.hypot(*[norm.item() for tensor in tensors for norm in _norms_of_any(tensor)])
+        norms = [norm for tensor in tensors for norm in _norms_of_any(tensor)]
+    total = 0.0
+    for each in norms:
+        norm = each.item()
+        total += norm * norm
+    return math.sqrt(total)
 
 
 def _norms_of_batch(batch: list[Tensor]) -> list[Tensor]:
@@ -155,22 +165,23 @@ def _norms_of_batch(batch: list[Tensor]) -> list[Tensor]:
         flat = flatten_dense_tensors(batch)
     except RuntimeError:  # some are sparse or nested, or they are on several devices
         return [norms for g in batch for norms in _norms_of_any(g)]
-    return _norms_of_any(flat)
+    return _norms_of_chunk(flat) if flat.dtype is torch.float32 else _norms_of_any(flat)
 
 
 def _in_rows(g: Tensor, size: int) -> Tensor | None:
     """A large tensor where it lies, if it can be measured there."""
-    length = _row_length(size, ROW if g.dtype is torch.float32 else HALF_ROW)
-    if not (length and g.is_cpu and g.dtype in IN_PLACE):
+    is_single = g.dtype is torch.float32
+    if not (g.is_cpu and (is_single or g.dtype in HALVES)):
         return None
+    length = _row_length(size) if is_single else _row_length(size, HALF_ROW)
     try:
-        return g.view(-1, length) if g.is_contiguous() else None
+        return g.view(-1, length) if length and g.is_contiguous() else None
     except RuntimeError:  # sparse or nested
         return None
 
 
 @functools.lru_cache(2**12)
-def _row_length(size: int, longest: int) -> int:
+def _row_length(size: int, longest: int = ROW) -> int:
     """Of the longest rows, up to this, that a tensor of this size is made of; 0 if they were too short."""
     return next((length for length in range(longest, longest // 4, -1) if size % length == 0), 0)
 
@@ -179,7 +190,7 @@ def _norm_of_halves(tensors: list[Tensor]) -> float:
     """Of 16-bit tensors in rows. Mean and variance: what torch has that reads them once and accumulates in float32."""
     means, variances = [], []
     for rows in tensors:
-        zeros = torch.zeros(len(rows), device="cpu")
+        zeros = torch.zeros(len(rows), dtype=torch.float32, device="cpu")
         mean, variance = torch.batch_norm_update_stats(rows[None], zeros, zeros, 0.0)
         means.append(mean)
         variances.append(variance)
@@ -207,11 +218,12 @@ def _divided(chunk: Tensor, divisor: float) -> Tensor:
 
 def _norms_of_chunk(values: Tensor) -> list[Tensor]:
     """Of a contiguous tensor in float32 or wider: of its rows together, and of what they leave over."""
-    values = values.view(-1)
-    end = values.numel() - values.numel() % ROW
-    norms = torch.linalg.vector_norm(values[:end].view(-1, ROW), 2, 1)
-    together = torch.linalg.vector_norm(norms, dtype=wide_dtype(norms.device))
-    return [norm.cpu() for norm in (together, torch.linalg.vector_norm(values[end:]))]
+    rest = values.numel() % ROW
+    if rest:
+        values = values.view(-1)
+        return [*_norms_of_chunk(values[:-rest]), torch.linalg.vector_norm(values[-rest:]).cpu()]
+    norms = torch.linalg.vector_norm(values.view(-1, ROW), 2, 1)
+    return [torch.linalg.vector_norm(norms, dtype=wide_dtype(norms.device)).cpu()]
 
 
 def _rescaled_norm(gradients: Iterable[Tensor]) -> float:

@@ -275,17 +275,21 @@ class ZClipOptimizer(Optimizer):
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self) -> Any:
-        base = self.base_optimizer
-        with self._kernels as kernels:
+        base, kernels = self.base_optimizer, self._kernels
+        try:
             if self.clipper._clip(base.param_groups, kernels=kernels):
                 return base.step()
+        finally:
+            kernels.take_back()
         return uncompiled(count_left_out)(base)
 
     def _step_with(self, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
         if closure is None and not args and not kwargs:
             return self._step()
-        with self._kernels as kernels:
-            return self._evaluations.step(self.base_optimizer, kernels, *given(closure, args), **kwargs)
+        try:
+            return self._evaluations.step(self.base_optimizer, self._kernels, *given(closure, args), **kwargs)
+        finally:
+            self._kernels.take_back()
 
     def _look_at_first_step(self) -> None:
         """What may have been done to the parameters since they were wrapped."""

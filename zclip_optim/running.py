@@ -9,13 +9,12 @@ import math
 import types
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zclip_optim.algorithm import Decision, Scalar, Where, ZClipConfig, decide, where_for
+from zclip_optim.algorithm import Decision, Scalar, ZClipConfig, decide, where
 from zclip_optim.checks import refuse_meta, refuse_to_look, refuse_to_read
 from zclip_optim.health import ZClipWarning
 from zclip_optim.intervals import Interval
@@ -23,17 +22,6 @@ from zclip_optim.norm import wide_dtype
 from zclip_optim.state import Counters, StepRecord, was_skipped
 
 COMPILED_ON = ("cuda", "xpu")  # where torch.compile makes one kernel of what are some hundred tiny ones
-
-
-class Verdict(NamedTuple):
-    """What is to be done with the gradients.
-
-    coefs: the factor for the gradients of each scope: numbers, or a tensor with an element for each.
-    skip: whether the optimizer must not step: a bool, or a tensor of one element; the record knows why.
-    """
-
-    coefs: Any
-    skip: Any
 
 
 def advance(
@@ -60,7 +48,7 @@ def advance(
     """
     square = total * total
     zero = square - square  # NaN, unless it is finite, as `decide` has it
-    where, failed = where_for(total), zero != 0
+    failed = zero != 0
     refused = failed & (config.nonfinite != "pass")
     coefs, decisions, skips = [], [], []
     for record, norm in zip(records, norms, strict=True):
@@ -73,21 +61,28 @@ def advance(
     if not new_step:
         return [_went_on(record, refused) for record in records], coefs, refused
     skip = any_of(skips)
-    shared = map(repeat, (skip, refused, zero, where))
-    return [*map(_begun, records, norms, decisions, *shared)], coefs, skip
+    begun = []
+    for record, norm, decision in zip(records, norms, decisions, strict=True):
+        begun.append(_begun(record, norm, decision, skip, refused, zero))  # not a comprehension, which takes longer
+    return begun, coefs, skip
 
 
 def _begun(
-    before: StepRecord, norm: Scalar, decided: Decision, skip: Scalar, refused: Scalar, zero: Scalar, where: Where
+    before: StepRecord, norm: Scalar, decided: Decision, skip: Scalar, refused: Scalar, zero: Scalar
 ) -> StepRecord:
     """The record of a step after its first evaluation; `zero` is NaN if its norm is not finite."""
-    _, _, last, failed, (skipped_steps, streak), steps, max_norm, min_coef, spikes, skips = before
+    _, _, last, failed, counters, steps, max_norm, min_coef, spikes, skips = before
     coef, clipped_norm, threshold, z_score, is_spike, skip_alone, stats = decided
     if skip is not skip_alone:
         decided = Decision(coef, clipped_norm, threshold, z_score, is_spike, skip, stats)
-    counters = Counters(skipped_steps + skip, streak * (failed != 0) + refused)
-    max_norm = where(norm + zero > max_norm, norm, max_norm)
-    min_coef = where(coef < min_coef, coef, min_coef)
+    skipped_steps, streak = counters
+    if not (skip is False and refused is False and streak == 0):
+        counters = Counters(skipped_steps + skip, streak * (failed != 0) + refused)
+    is_largest, is_smallest = norm + zero > max_norm, coef < min_coef
+    if is_largest is not False:
+        max_norm = where(is_largest, norm, max_norm)
+    if is_smallest is not False:
+        min_coef = where(is_smallest, coef, min_coef)
     return StepRecord(
         last.stats, norm, decided, refused, counters, steps + 1, max_norm, min_coef, spikes + is_spike, skips + skip
     )
@@ -111,11 +106,11 @@ class HostState:
         self.records, self.n_scopes = list(records), len(records)
         self.unscaled = [1.0] * len(records)  # the coefficients of a step that is not clipped
 
-    def step(self, norms: Sequence[float], config: ZClipConfig, new_step: bool) -> Verdict:
-        """Decide on the norms of all scopes; see `advance`."""
+    def step(self, norms: Sequence[float], config: ZClipConfig, new_step: bool) -> tuple[list[float], bool]:
+        """The coefficients, a number for each scope, and whether the optimizer must not step; see `advance`."""
         total = norms[0] if len(norms) == 1 else math.hypot(*norms)
         self.records, coefs, skip = advance(self.records, norms, total, any, config, new_step)
-        return Verdict(coefs, skip)
+        return coefs, skip
 
     def read(self) -> list[StepRecord]:
         """The records, one per scope."""
@@ -154,11 +149,11 @@ class DeviceState:
         self._was_captured = False  # so there may be steps that nobody here hears of
 
     @torch.no_grad()
-    def step(self, norms: Tensor, config: ZClipConfig, new_step: bool) -> Verdict:
-        """Decide on the norms of all scopes, a tensor with an element for each; see `advance`."""
+    def step(self, norms: Tensor, config: ZClipConfig, new_step: bool) -> tuple[Tensor, Tensor]:
+        """The same for a tensor of norms: the coefficients in one, and a flag in one of one element."""
         self._was_captured = self._was_captured or self.is_being_captured()
         self._is_behind = True
-        return Verdict(*_advance_on(self.device.type, config, len(norms))(self.values, norms, config, new_step))
+        return _advance_on(self.device.type, config, len(norms))(self.values, norms, config, new_step)
 
     def read(self) -> list[StepRecord]:
         """The records on the host, one per scope; waits for the device, but not twice for one step."""

@@ -96,6 +96,19 @@ def test_16_bit_tensors_of_every_length_beside_each_other():
     assert gradient_norm(gradients) == pytest.approx(exact_norm(gradients), rel=1e-6, abs=0)
 
 
+@pytest.fixture
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_norm_does_not_depend_on_the_default_dtype(dtype, float64_by_default):
+    gradients = [torch.randn(LARGE + HALF_ROW).to(dtype), torch.randn(5).to(dtype)]
+    assert gradient_norm(gradients) == pytest.approx(exact_norm(gradients), rel=1e-6, abs=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_tensors_are_measured_without_a_copy(dtype):
     gradients = [torch.ones(LARGE, dtype=dtype)]
