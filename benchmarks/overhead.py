@@ -49,7 +49,7 @@ NOTES = (
     f"one read: from {READ_SHOWN:,} parameters on",
     "a step with a closure: more than the bare one's with a closure that evaluates nothing; memory: in tensors, at the "
     "peak of a step, above the bare step's peak",
-    "16-bit gradients: zclip_optim converts them to float32, chunk by chunk, before squaring; the others do not",
+    "16-bit gradients: zclip_optim accumulates in float32; the norms of the others are rounded to 16 bits",
 )
 
 CPU = torch.device("cpu")
