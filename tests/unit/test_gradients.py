@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from zclip_optim.gradients import collect_gradients, describe_nonfinite, scale_gradients_
-from zclip_optim.norm import CHUNK, FEW, HALF_ROW, LARGE, SMALL, gradient_norm
+from zclip_optim.norm import CHUNK, DOT, FEW, HALF_ROW, LARGE, SMALL, gradient_norm
 
 
 def exact_norm(gradients):
@@ -25,8 +25,13 @@ GRADIENTS = {
     "small": lambda: [torch.randn(4, 5), torch.randn(7)],
     "a scalar": lambda: [torch.randn(())],
     "empty beside full": lambda: [torch.randn(0, 3), torch.randn(3)],
-    "in rows": lambda: [torch.randn(SMALL + 64), torch.randn(3 * SMALL), torch.randn(LARGE + HALF_ROW), torch.randn(5)],
-    "in no rows": lambda: [torch.randn(SMALL + 17), torch.randn(LARGE + 7), torch.randn(5)],  # of prime sizes
+    "in rows": lambda: [
+        torch.randn(DOT + 64),
+        torch.randn(3 * DOT),
+        torch.randn(LARGE + HALF_ROW),
+        torch.randn(5),
+    ],
+    "in no rows": lambda: [torch.randn(DOT + 27), torch.randn(LARGE + 7), torch.randn(5)],  # of prime sizes
     "large": lambda: [torch.randn(3, CHUNK // 2 + 1)],
     "large and small": lambda: [torch.randn(2 * CHUNK + 5), torch.randn(3), torch.randn(CHUNK)],
     "all equal": lambda: [torch.full((CHUNK + 10,), 1.2345), torch.full((SMALL,), 0.777)],
@@ -71,7 +76,7 @@ def below_half_a_unit(size: int, running_sums: int) -> torch.Tensor:
     return values
 
 
-@pytest.mark.parametrize("size", [SMALL, SMALL + 64, LARGE, LARGE + HALF_ROW])
+@pytest.mark.parametrize("size", [SMALL, DOT, DOT + 64, LARGE, LARGE + HALF_ROW])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [1, FEW + 1])
 @pytest.mark.parametrize(
