@@ -12,6 +12,7 @@ import json
 import math
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from benchmarks import UserError
 from benchmarks.defaults import is_language_model
 from benchmarks.evidence.paired import Difference, difference
 from benchmarks.evidence.results import Row, by_workload, difference_of, known
+from benchmarks.overhead import OURS, SIZES
 from benchmarks.paper.cells import BAD_SHARD, CARTPOLE, NATS
 from benchmarks.regret import CLOSE, FIXED, compared, summary_line
 from benchmarks.training.contenders import AUTOCLIP, AUTOCLIP_LOW, CAPPED, FOLLOWING, LOOKING_BACK, NONE, PAPER, PATIENT
@@ -177,6 +179,7 @@ def claims_of(results: Path) -> list[Claim]:
         *of_defaults(load(results, "defaults")["answers"]),
         *of_detector(load(results, "detector")),
         *of_instability(load(results, "instability")["rows"]),
+        *of_overhead(load(results, "overhead")["rows"]),
     ]
 
 
@@ -260,3 +263,15 @@ def of_instability(rows: Sequence[Row]) -> list[Claim]:
             f"the rule has {ours:.1f} spikes a run, no clipping {none:.1f}",
         )
     ]
+
+
+def of_overhead(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """The cost of a step beside plain clipping's."""
+    models = {size.name for size in SIZES}
+    ratios: defaultdict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if row["size"] in models:
+            ratios[row["dtype"]].append(row["own_us"][OURS] / row["own_us"]["clip_grad_norm_"])
+    least, most, half = min(ratios["float32"]), max(ratios["float32"]), max(ratios["bfloat16"])
+    text = f"On a CPU it costs {least:.1f} to {most:.1f} of `clip_grad_norm_`, in bfloat16 {half:.1f}"
+    return [Claim(text, "overhead.json")]
