@@ -70,7 +70,7 @@ class _Layout(NamedTuple):
 
 def in_use() -> bool:
     """Whether this process is one of several, or was started as if."""
-    return AVAILABLE and dist.group.WORLD is not None  # as is_initialized() finds out
+    return AVAILABLE and dist.is_initialized()
 
 
 def is_on_mesh(value: Tensor) -> bool:
