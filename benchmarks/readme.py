@@ -273,5 +273,6 @@ def of_overhead(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
         if row["size"] in models:
             ratios[row["dtype"]].append(row["own_us"][OURS] / row["own_us"]["clip_grad_norm_"])
     least, most, half = min(ratios["float32"]), max(ratios["float32"]), max(ratios["bfloat16"])
-    text = f"On a CPU it costs {least:.1f} to {most:.1f} of `clip_grad_norm_`, in bfloat16 {half:.1f}"
+    models_in_float32 = f"{least:.1f} to {most:.1f} of `clip_grad_norm_` on {len(ratios['float32'])} models"
+    text = f"On a CPU it costs {models_in_float32}, bfloat16 {half:.1f}"
     return [Claim(text, "overhead.json")]
