@@ -76,9 +76,11 @@ def below_half_a_unit(size: int, running_sums: int) -> torch.Tensor:
     return values
 
 
-@pytest.mark.parametrize("size", [SMALL, DOT, DOT + 64, LARGE, LARGE + HALF_ROW])
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [(1, SMALL), (FEW + 1, SMALL), (1, DOT), (9, DOT), (1, DOT + 64), (1, LARGE), (2, LARGE + HALF_ROW)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("count", [1, FEW + 1])
 @pytest.mark.parametrize(
     ("make", "error"),
     [
