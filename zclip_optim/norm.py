@@ -17,7 +17,7 @@ from torch._C._nn import flatten_dense_tensors
 # 1e-6 on gradients as they are and 1e-4 on the worst that can be contrived.
 # Measured, relative errors of the norm of one tensor: random elements, their fifth powers, equal ones, contrived ones.
 #   norm, 8,192    1e-7, 4e-7, 7e-6, 3e-5     gradients have structure: 16,384 of a small transformer's were 2e-6 off
-#   dot, 16,384    1e-7, 3e-7, 2e-6, 2e-5     by MKL; a BLAS with fewer running sums comes near to the line above
+#   dot, 16,384    1e-7, 3e-7, 2e-6, 2e-5     by MKL; not measured with another BLAS
 #   rows           6e-8, 2e-7, 1e-6, 6e-6     of 16 bit 3e-8, 3e-7, 0, 4e-6
 # constant             unit                 a larger one is
 ROW = 2**10  #         elements of a row    no faster, less exact

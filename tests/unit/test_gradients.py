@@ -23,6 +23,8 @@ def sparse_gradient():
 
 GRADIENTS = {
     "small": lambda: [torch.randn(4, 5), torch.randn(7)],
+    "many tiny": lambda: [torch.randn(1000) for _ in range(300)],  # more than a batch
+    "many tiny, some sparse": lambda: [sparse_gradient(), *(torch.randn(7) for _ in range(FEW))],
     "a scalar": lambda: [torch.randn(())],
     "empty beside full": lambda: [torch.randn(0, 3), torch.randn(3)],
     "in rows": lambda: [
